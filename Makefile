@@ -1,0 +1,38 @@
+# make demo and make test need Python >= 3.11 and a package index; each makes its own environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types bench fuzz clean
+
+demo: .venv/demo
+	$(BIN)/python -m benchmarks.demo
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks.core
+
+# A long hunt for a bound below the truth: FUZZ_CASES random layers, FUZZ_SEED to repeat one.
+fuzz: .venv/test
+	$(BIN)/python -m pytest -m fuzz -s
+
+.venv/pip: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fantastic4 needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv --clear .venv
+	touch $@
+
+.venv/demo .venv/test .venv/dev: .venv/%: .venv/pip pyproject.toml
+	@echo "installing into .venv (about a minute) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache out

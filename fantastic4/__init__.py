@@ -1,0 +1,16 @@
+"""How much can this convolution stretch a vector? Sound, differentiable bounds for JAX and Flax."""
+
+from fantastic4 import dense as dense
+from fantastic4 import jacobian as jacobian
+from fantastic4.bounds import FourBounds as FourBounds
+from fantastic4.bounds import PowerState as PowerState
+from fantastic4.bounds import bound as bound
+from fantastic4.bounds import four_bounds as four_bounds
+from fantastic4.bounds import init as init
+from fantastic4.bounds import step as step
+from fantastic4.conv import ConvSpec as ConvSpec
+from fantastic4.conv import from_torch as from_torch
+from fantastic4.spectrum import exact_norm as exact_norm
+from fantastic4.spectrum import singular_values as singular_values
+
+__version__ = "0.1.0"

@@ -1,0 +1,247 @@
+"""The fantastic four: bounds of a convolution's norm, sound ones and warm-started estimates of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fantastic4 import unfolding
+from fantastic4.conv import ConvSpec, canonical
+from fantastic4.linalg import with_pairs
+from fantastic4.rounding import constant_up, round_up
+from fantastic4.unfolding import PowerState
+
+METHODS = ("four",)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FourBounds:
+    """√(taps) · ‖unfolding‖ for each of the 2^D unfoldings of a kernel; four in 2-D.
+
+    From `four_bounds` each number is an upper bound of the convolution's norm; from `step` each is an
+    estimate of that bound, which may lie below it.
+
+    Attributes:
+      values: ``(2^D,)``: R, S, T, U in 2-D; T, U in 1-D; in 3-D as `names` tells.
+      smallest: scalar, their minimum, whose derivative costs one outer product instead of 2^D.
+    """
+
+    values: Array
+    smallest: Array
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of `values`; of a mixed unfolding in 3-D, the axes that go with the outputs."""
+        return unfolding.names(self.values.shape[-1].bit_length() - 1)
+
+    def min(self) -> Array:
+        """The smallest of them, the bound to use. Its gradient is that of the smallest alone."""
+        return self.smallest
+
+    def argmin(self) -> Array:
+        """Index of the smallest in `values`, an int32 scalar."""
+        return jnp.argmin(self.values, axis=-1)
+
+    def __getitem__(self, name: str) -> Array:
+        """The bound with this name: ``four["T"]``."""
+        if name not in self.names:
+            raise ValueError(f"no unfolding {name!r}: this kernel has {', '.join(self.names)}")
+        return self.values[..., self.names.index(name)]
+
+    @property
+    def r(self) -> Array:
+        """R: kernel rows with the outputs, kernel columns with the inputs. 2-D only."""
+        return self["R"]
+
+    @property
+    def s(self) -> Array:
+        """S: kernel columns with the outputs, kernel rows with the inputs. 2-D only."""
+        return self["S"]
+
+    @property
+    def t(self) -> Array:
+        """T: all taps with the inputs: √(taps) times Miyato's heuristic."""
+        return self["T"]
+
+    @property
+    def u(self) -> Array:
+        """U: all taps with the outputs."""
+        return self["U"]
+
+
+def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: bool) -> FourBounds:
+    """Scale, maximise over the groups, spread to 2^D values, and attach the derivatives."""
+    pairs = lax.stop_gradient(pairs)
+    batch, *spatial, c_in, c_out = kernels.shape
+    taps = kernels.reshape(batch, -1, c_in, c_out)
+    values = jnp.max(pairs.values, axis=0)
+    group = jnp.argmax(pairs.values, axis=0)  # NaN is its own maximum
+    chosen = (jnp.arange(batch)[:, None] == group).astype(values.dtype)
+    inputs = pairs.inputs * chosen[:, None, :, None]
+    each = with_pairs(values, taps, inputs, pairs.outputs)
+    best = jnp.argmin(values)
+    pick = partial(lax.dynamic_index_in_dim, index=best, keepdims=False)
+    smallest = with_pairs(pick(values, axis=0), taps, pick(inputs, axis=2), pick(pairs.outputs, axis=2))
+
+    def finish(x: Array) -> Array:
+        return round_up(x * scale, 2) if sound else x * scale
+
+    which = np.array(unfolding.distinct(tuple(spatial))[1])
+    return FourBounds(finish(each)[which], finish(smallest))
+
+
+def _scale(taps: tuple[int, ...], factor: float, dtype) -> np.ndarray:
+    return constant_up(math.sqrt(math.prod(taps)) * factor, dtype)
+
+
+@jax.jit
+def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # noqa: B008 (frozen)
+    r"""The four bounds of a convolution's norm, each never below it, rounding included.
+
+    For every input size, ‖layer‖₂ ≤ factor · √(hw) · min(‖R‖, ‖S‖, ‖T‖, ‖U‖) (Singla & Feizi 2021,
+    Theorem 1), with the kernel and the factor of `fantastic4.conv.canonical`, and each ‖·‖ bounded
+    from above by `fantastic4.dense.certified_norm`, within 1.001 of it. With groups each is the
+    largest over the groups. Never more than √(hw) above the norm of a plain convolution.
+
+    Differentiable in both modes: the gradient is √(hw) · u vᵀ of the top singular pair, folded back to
+    the kernel's shape; that of the minimum is the smallest one's. The pair is held constant, so second
+    derivatives are zero.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``, 1 to 3 spatial axes, taken as JAX holds it;
+        float16 and bfloat16 are computed in float32.
+      spec: the layer's `ConvSpec`.
+
+    Returns:
+      `FourBounds`. 0 for a zero kernel; NaN where an entry is NaN or infinite.
+
+    Raises:
+      ValueError: wrong rank or dtype, or a spec that does not fit the kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fantastic4 as f4
+      >>> four = f4.four_bounds(jnp.ones((3, 3, 1, 1)))  # equal taps: the bounds are exact
+      >>> 9.0 <= float(four.min()) < 9.01
+      True
+    """
+    kernels, factor = canonical(kernel, spec)
+    pairs = unfolding.certified_pairs(lax.stop_gradient(kernels))
+    return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=True)
+
+
+def bound(kernel: Array, spec: ConvSpec = ConvSpec(), *, method: str = "four") -> Array:  # noqa: B008 (frozen)
+    """Upper bound of a convolution's norm, never below it, for every input size.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      spec: the layer's `ConvSpec`.
+      method: ``"four"``: the smallest of `four_bounds`.
+
+    Returns:
+      Scalar, differentiable.
+
+    Raises:
+      ValueError: an unknown method, or what `four_bounds` refuses.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fantastic4 as f4
+      >>> 2.0 <= float(f4.bound(2 * jnp.ones((1, 1, 1, 1)))) < 2.01
+      True
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    return four_bounds(kernel, spec).min()
+
+
+@partial(jax.jit, static_argnames=("warmup",))
+def init(kernel: Array, spec: ConvSpec = ConvSpec(), *, key: Array, warmup: int = 20) -> PowerState:  # noqa: B008
+    """A start for `step`: random vectors, brought near the top ones by ``warmup`` iterations.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      spec: the layer's `ConvSpec`.
+      key: a ``jax.random.key``.
+      warmup: iterations to run; 0 leaves the vectors random.
+
+    Returns:
+      `PowerState`.
+
+    Raises:
+      ValueError: what `four_bounds` refuses, or a negative ``warmup``.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup must not be negative, got {warmup}")
+    kernels, _ = canonical(lax.stop_gradient(kernel), spec)
+    iterate = lambda _, state: unfolding.power_step(kernels, state)[1]  # noqa: E731
+    return lax.fori_loop(0, warmup, iterate, unfolding.start(key, kernels))
+
+
+@partial(jax.jit, static_argnames=("iterations",))
+def step(
+    kernel: Array,
+    state: PowerState,
+    spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
+    *,
+    iterations: int = 1,
+) -> tuple[FourBounds, PowerState]:
+    r"""Estimates of the four bounds for a train step, by warm-started power iteration.
+
+    **Estimates**: power iteration comes to each ‖M‖ from below, so these may be smaller than the
+    bounds, and than the norm; `four_bounds` is the sound one. Warm-started, they follow slowly moving
+    weights to within a percent or so.
+
+    All unfoldings together cost two passes over the kernel an iteration, and the derivative of
+    `FourBounds.min` one outer product more, in forward and in reverse mode. The vectors are held
+    constant: first derivatives are those of σ at the pair reached, uᵀ M(dK) v; second derivatives by
+    the kernel are zero, not those of ‖M‖.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      state: from `init` or the step before.
+      spec: the layer's `ConvSpec`.
+      iterations: at least 1.
+
+    Returns:
+      `FourBounds` and the new state. No gradient flows into or out of the state. A zero kernel gives
+      0 and leaves the state as it was.
+
+    Raises:
+      ValueError: ``iterations`` < 1, a state that belongs to another kernel, or what `four_bounds` refuses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fantastic4 as f4
+      >>> kernel = jnp.ones((3, 3, 1, 1))
+      >>> state = f4.init(kernel, key=jax.random.key(0))
+      >>> def penalty(kernel, state):
+      ...     four, state = f4.step(kernel, state)
+      ...     return four.min(), state
+      >>> (value, state), gradient = jax.value_and_grad(penalty, has_aux=True)(kernel, state)
+      >>> print(round(float(value), 3), gradient.shape)
+      9.0 (3, 3, 1, 1)
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    kernels, factor = canonical(kernel, spec)
+    wanted = unfolding.state_shape(kernels)
+    if state.vectors.shape != wanted or state.values.shape != (wanted[0], wanted[2]):
+        raise ValueError(
+            f"this state has vectors of shape {state.vectors.shape}, the kernel {kernel.shape} with this spec "
+            f"needs {wanted}: make one with fantastic4.init(kernel, spec, key=…)"
+        )
+    constant = lax.stop_gradient(kernels)
+    state = jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state)
+    iterate = lambda _, state: unfolding.power_step(constant, state)[1]  # noqa: E731
+    if iterations > 1:
+        state = lax.fori_loop(0, iterations - 1, iterate, state)
+    pairs, state = unfolding.power_step(constant, state)
+    return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=False), state

@@ -1,0 +1,166 @@
+"""The linear map that a layer really is: forward, adjoint, and as a matrix.
+
+What Flax's ``Conv`` and ``ConvTranspose`` compute without their bias, from a kernel and a `ConvSpec`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
+from fantastic4.linalg import HIGHEST, real_array
+
+_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
+
+
+@jax.jit
+def forward(kernel: Array, x: Array, spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008 (frozen)
+    """The layer with this kernel applied to ``x``, without bias.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      x: ``(*input_shape, c_in)``, or a batch of such.
+      spec: the layer's `ConvSpec`.
+
+    Returns:
+      ``(*output_shape, c_out)``, or a batch of such; float32 or wider.
+
+    Raises:
+      ValueError: kernel, spec and input do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import ConvSpec, jacobian
+      >>> jacobian.forward(jnp.ones((3, 3, 2, 4)), jnp.ones((8, 8, 2)), ConvSpec(strides=2)).shape
+      (4, 4, 4)
+    """
+    kernel, x = real_array(kernel, "kernel"), real_array(x, "x")
+    layer = geometry(kernel.shape, spec)
+    rank = len(layer.taps)
+    if x.ndim not in (rank + 1, rank + 2) or x.shape[-1] != layer.c_in:
+        raise ValueError(
+            f"x has shape {x.shape}, the kernel {kernel.shape} takes (*spatial, {layer.c_in}) "
+            f"with {rank} spatial axes, or a batch of these"
+        )
+    batch = x if x.ndim == rank + 2 else x[None]
+    y = _transposed(kernel, batch, spec, layer) if spec.transposed else _direct(kernel, batch, spec, layer)
+    return y if x.ndim == rank + 2 else y[0]
+
+
+def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding, **strides) -> Array:
+    rank = len(layer.taps)
+    spatial = "DHW"[3 - rank :]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        padding=padding,
+        rhs_dilation=layer.dilation,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=spec.groups,
+        precision=HIGHEST,
+        **strides,
+    )
+
+
+def _direct(kernel: Array, x: Array, spec: ConvSpec, layer: Geometry) -> Array:
+    padding = layer.padding
+    if padding in _PAD_MODES:
+        widths = [(0, 0), *(((e - 1) // 2, e // 2) for e in layer.extent), (0, 0)]
+        x, padding = jnp.pad(x, widths, mode=_PAD_MODES[padding]), "VALID"
+    elif padding == "CAUSAL":
+        padding = ((layer.extent[0] - 1, 0),)
+    return _convolve(kernel, x, layer, spec, padding, window_strides=layer.strides)
+
+
+def _transposed(kernel: Array, x: Array, spec: ConvSpec, layer: Geometry) -> Array:
+    rank = len(layer.taps)
+    if spec.transpose_kernel:
+        kernel = jnp.swapaxes(jnp.flip(kernel, tuple(range(rank))), -1, -2)
+    padding = layer.padding
+    if isinstance(padding, str):
+        padding = [_transposed_pads(e, s, padding) for e, s in zip(layer.extent, layer.strides, strict=True)]
+    y = _convolve(kernel, x, layer, spec, padding, window_strides=(1,) * rank, lhs_dilation=layer.strides)
+    if spec.padding == "CIRCULAR":
+        for axis, stride in enumerate(layer.strides, start=1):
+            y = _wrap(y, axis, stride * x.shape[axis], ceil_in_front=not spec.transpose_kernel)
+    return y
+
+
+def _transposed_pads(extent: int, stride: int, padding: str) -> tuple[int, int]:
+    """Zeros in front of and behind the upsampled input, by the conventions of ``lax.conv_transpose``."""
+    if padding == "SAME":
+        total = extent + stride - 2
+        front = extent - 1 if stride > extent - 1 else -(-total // 2)
+    else:
+        total = extent + stride - 2 + max(extent - stride, 0)
+        front = extent - 1
+    return front, total - front
+
+
+def _wrap(y: Array, axis: int, period: int, *, ceil_in_front: bool) -> Array:
+    """Add up the entries of ``y`` that meet on a circle of length ``period``, aligned as Flax aligns them."""
+    spare = (period - y.shape[axis]) % (2 * period)
+    front = (spare + 1) // 2 if ceil_in_front else spare // 2
+    place = (jnp.arange(y.shape[axis]) + front) % period
+    moved = jnp.moveaxis(y, axis, 0)
+    circle = jnp.zeros((period, *moved.shape[1:]), y.dtype).at[place].add(moved)
+    return jnp.moveaxis(circle, 0, axis)
+
+
+def adjoint(kernel: Array, y: Array, input_shape: tuple[int, ...], spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008
+    """The adjoint of `forward` applied to ``y``: ⟨forward(x), y⟩ = ⟨x, adjoint(y)⟩.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      y: ``(*output_shape, c_out)``.
+      input_shape: spatial size of the layer's input.
+      spec: the layer's `ConvSpec`.
+
+    Returns:
+      ``(*input_shape, c_in)``.
+
+    Raises:
+      ValueError: kernel, spec and sizes do not fit.
+    """
+    kernel, y = real_array(kernel, "kernel"), real_array(y, "y")
+    layer = geometry(kernel.shape, spec)
+    x = jax.ShapeDtypeStruct((*check_input_shape(input_shape, layer), layer.c_in), kernel.dtype)
+    apply = lambda x: forward(kernel, x, spec)  # noqa: E731
+    expected = jax.eval_shape(apply, x)
+    if y.shape != expected.shape:
+        raise ValueError(f"y has shape {y.shape}, the layer's output at input {tuple(input_shape)} is {expected.shape}")
+    return jax.linear_transpose(apply, x)(y.astype(expected.dtype))[0]
+
+
+def materialise(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008
+    """The layer as a dense matrix: its Jacobian, for small cases (the memory is inputs × outputs).
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      input_shape: spatial size of the input.
+      spec: the layer's `ConvSpec`.
+
+    Returns:
+      ``(Π output_shape · c_out, Π input_shape · c_in)``; positions outermost, channels innermost.
+
+    Raises:
+      ValueError: kernel, spec and size do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import jacobian
+      >>> print(jacobian.materialise(jnp.array([1.0, 2.0]).reshape(2, 1, 1), (3,)))
+      [[1. 2. 0.]
+       [0. 1. 2.]
+       [0. 0. 1.]]
+    """
+    kernel = real_array(kernel, "kernel")
+    layer = geometry(kernel.shape, spec)
+    shape = (*check_input_shape(input_shape, layer), layer.c_in)
+    size = math.prod(shape)
+    columns = forward(kernel, jnp.eye(size, dtype=kernel.dtype).reshape(size, *shape), spec)
+    return columns.reshape(size, -1).T

@@ -1,0 +1,68 @@
+"""Small linear algebra that every method shares: products, unit vectors, the derivative of a norm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+HIGHEST = lax.Precision.HIGHEST
+"""On a GPU or TPU the default for float32 is a product with 8 to 11 bits: no bound survives that."""
+
+
+def real_array(x: Array, name: str) -> Array:
+    """``x`` as an array of float32 or wider; half precision is widened to float32, exactly.
+
+    Raises:
+      ValueError: ``x`` is no array, or is of an integer, boolean or complex dtype.
+    """
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise ValueError(f"{name} must be an array, got {type(x).__name__}: wrap it in jnp.asarray")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}: cast it with .astype(jnp.float32)")
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+
+
+def unit(x: Array) -> tuple[Array, Array]:
+    """Norm of the vector ``x`` and ``x`` over its norm; a zero vector gives 0 and zeros.
+
+    Scaled by the largest entry first, so that squares neither overflow nor vanish.
+    """
+    largest = jnp.max(jnp.abs(x), initial=0)
+    scaled = x / jnp.where(largest > 0, largest, 1)
+    norm = jnp.sqrt(jnp.sum(scaled * scaled))
+    return norm * largest, scaled / jnp.where(norm > 0, norm, 1)
+
+
+@jax.custom_jvp
+def with_pairs(value: Array, kernel: Array, inputs: Array, outputs: Array) -> Array:
+    """``value``, with the derivative of a singular value whose vectors are held constant.
+
+    For M(K) linear in K and a singular pair (x, y) of M(K): dσ = yᵀ M(dK) x. Here M is any
+    re-arrangement of the taps, so that dσ = Σ_bt x_btᵀ dK_bt y_bt: in reverse mode one outer
+    product per tap, in forward mode one product with the kernel.
+
+    Args:
+      value: computed singular values, shape ``()`` or ``(m,)``.
+      kernel: ``(batch, taps, c_in, c_out)``, the array by which to differentiate.
+      inputs: right singular vectors as each tap meets them, ``(batch, taps, [m,] c_in)``.
+      outputs: left singular vectors likewise, ``(batch, taps, [m,] c_out)``.
+
+    Returns:
+      ``value``. Its second derivative by ``kernel`` is zero: the vectors do not move.
+    """
+    del kernel, inputs, outputs
+    return value
+
+
+@with_pairs.defjvp
+def _with_pairs_jvp(primals, tangents):
+    value, kernel, inputs, outputs = primals
+    del kernel
+    inputs, outputs = lax.stop_gradient((inputs, outputs))
+    # Einsums, not broadcast products: what reverse mode keeps is then the vectors alone.
+    if value.ndim:
+        product = jnp.einsum("btio,btmo->btmi", tangents[1], outputs, precision=HIGHEST)
+        return value, jnp.sum(product * inputs, axis=(0, 1, 3))
+    product = jnp.einsum("btio,bto->bti", tangents[1], outputs, precision=HIGHEST)
+    return value, jnp.sum(product * inputs)

@@ -1,0 +1,232 @@
+r"""The 2^D unfoldings of a kernel, and their products, all in one pass over it.
+
+An unfolding turns a kernel with taps L_t (``c_out × c_in``) into a matrix. Each spatial axis goes
+either with the output channels (rows) or with the input channels (columns); in 2-D
+
+    R: (c_out·h) × (c_in·w)    S: (c_out·w) × (c_in·h)    T: c_out × (c_in·h·w)    U: (c_out·h·w) × c_in
+
+and √(hw)·‖M‖ bounds the convolution for each M of these (Singla & Feizi 2021, Theorem 1).
+
+The matrices are never built for a power step. At each tap the vectors of all of them form a skinny
+matrix: T has one vector for every tap, U one of its own at each, R one for each row of taps. So one
+product ``K[t] @ X[t]`` a tap serves all of them, followed by sums over the taps that share a vector.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fantastic4.dense import certified_norm
+from fantastic4.linalg import HIGHEST, unit
+
+Axes = tuple[int, ...]
+
+
+@functools.cache
+def unfoldings(rank: int) -> tuple[Axes, ...]:
+    """The spatial axes that go with the outputs, one entry an unfolding.
+
+    First those that split the axes, in the order of the axes; then T, none of them; then U, all.
+    In 2-D that is R, S, T, U; in 1-D T, U; in 3-D eight.
+    """
+    sizes = range(1, rank)
+    mixed = [axes for size in sizes for axes in itertools.combinations(range(rank), size)]
+    return (*mixed, (), tuple(range(rank)))
+
+
+@functools.cache
+def names(rank: int) -> tuple[str, ...]:
+    """What the unfoldings are called: R, S, T, U; those of 3-D by the axes that go with the outputs."""
+    if rank == 2:
+        return ("R", "S", "T", "U")
+    return (*("".join(map(str, axes)) for axes in unfoldings(rank)[:-2]), "T", "U")
+
+
+@functools.cache
+def distinct(taps: tuple[int, ...]) -> tuple[tuple[Axes, ...], tuple[int, ...]]:
+    """The unfoldings that differ for this kernel size, and which of them each of the 2^D is.
+
+    An axis with one tap makes no difference: a 1×1 kernel has one matrix, not four.
+    """
+    kept: dict[Axes, int] = {}
+    which = []
+    for axes in unfoldings(len(taps)):
+        reduced = tuple(a for a in axes if taps[a] > 1)
+        which.append(kept.setdefault(reduced, len(kept)))
+    return tuple(kept), tuple(which)
+
+
+class _Sharing(NamedTuple):
+    """Which taps of an unfolding read the same vector.
+
+    Attributes:
+      same: ``(m, taps, taps)``, 1 where two taps share: to sum what each contributes and hand the sum
+        to all of them is a product with this.
+      readers: ``(m,)``, how many taps share one vector.
+    """
+
+    same: np.ndarray
+    readers: np.ndarray
+
+
+@functools.cache
+def _sharing(taps: tuple[int, ...]) -> tuple[_Sharing, _Sharing]:
+    """For the output vectors and for the input vectors of the distinct unfoldings."""
+    grid = np.indices(taps).reshape(len(taps), -1)
+
+    def sharing(owned: list[Axes]) -> _Sharing:
+        same = [np.all(grid[list(axes), :, None] == grid[list(axes), None, :], axis=0) for axes in owned]
+        return _Sharing(np.array(same, np.float32), np.array([s[0].sum() for s in same], np.float32))
+
+    outputs = distinct(taps)[0]
+    everything = set(range(len(taps)))
+    return sharing(list(outputs)), sharing([tuple(sorted(everything - set(axes))) for axes in outputs])
+
+
+def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
+    """Add up what belongs to one vector, at all taps that read it, and take the vectors' norms.
+
+    Args:
+      product: ``(batch, taps, m, channels)``.
+      side: how the taps share.
+
+    Returns:
+      ``(batch, m, taps, channels)`` and norms ``(batch, m)``.
+    """
+    by_unfolding = jnp.swapaxes(product, 1, 2)
+    summed = lax.dot_general(side.same, by_unfolding, (((2,), (2,)), ((0,), (1,))), precision=HIGHEST)
+    summed = jnp.moveaxis(summed, 2, 0)
+    return summed, jnp.sqrt(jnp.sum(summed * summed, axis=(2, 3)) / side.readers)
+
+
+def _reciprocal(x: Array) -> Array:
+    """1/x, and 1 where x is 0."""
+    return 1 / jnp.where(x > 0, x, 1)
+
+
+class Pairs(NamedTuple):
+    """Singular values of all distinct unfoldings with their vectors, as each tap meets them.
+
+    Attributes:
+      values: ``(batch, m)``.
+      inputs: ``(batch, taps, m, c_in)``, right vectors.
+      outputs: ``(batch, taps, m, c_out)``, left vectors.
+    """
+
+    values: Array
+    inputs: Array
+    outputs: Array
+
+
+class PowerState(NamedTuple):
+    """What the next power step starts from, for all distinct unfoldings.
+
+    Attributes:
+      vectors: ``(batch, taps, m, c_out)``, left singular vectors as each tap reads them, divided by
+        their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
+      values: ``(batch, m)``, the singular values. 0 says that the kernel was zero.
+    """
+
+    vectors: Array
+    values: Array
+
+
+def power_step(kernels: Array, state: PowerState) -> tuple[Pairs, PowerState]:
+    """One power iteration of every unfolding, in two passes over the kernels.
+
+    Args:
+      kernels: ``(batch, *spatial, c_in, c_out)``.
+      state: of kernels of this shape.
+
+    Returns:
+      The singular values reached (from below) with their vectors, and the new state. Where a value is
+      0 the old vectors stay.
+    """
+    batch, *spatial, c_in, c_out = kernels.shape
+    out, inp = _sharing(tuple(spatial))
+    taps = kernels.reshape(batch, -1, c_in, c_out)
+    each_tap = ((0, 1), (0, 1))
+    # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
+    # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
+    # The number of operations matters too: for small kernels a step takes as long as there are many.
+    product = lax.dot_general(taps, state.vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
+    product, norms = _share(jnp.swapaxes(product, 2, 3), inp)
+    inputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
+    near = inputs * _reciprocal(state.values)[:, None, :, None]
+    product = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
+    product, norms = _share(product, out)
+    outputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
+    values = norms * jnp.where(state.values > 0, state.values, 1)
+    new = jnp.where(norms[:, None, :, None] > 0, outputs * _reciprocal(values)[:, None, :, None], state.vectors)
+    return Pairs(values, inputs, outputs), PowerState(new, values)
+
+
+def state_shape(kernels: Array) -> tuple[int, int, int, int]:
+    """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
+    batch, *spatial, _, c_out = kernels.shape
+    return batch, math.prod(spatial), len(distinct(tuple(spatial))[0]), c_out
+
+
+def start(key: Array, kernels: Array) -> PowerState:
+    """Random unit vectors for `power_step`, and rough values: the Frobenius norms of the kernels."""
+    shape = state_shape(kernels)
+    random = jax.random.normal(key, shape, kernels.dtype)
+    vectors, norms = _share(random, _sharing(kernels.shape[1:-2])[0])
+    vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
+    size = jax.vmap(lambda kernel: unit(kernel.ravel())[0])(kernels)
+    vectors = vectors * _reciprocal(size)[:, None, None, None]
+    return PowerState(vectors, jnp.broadcast_to(size[:, None], (shape[0], shape[2])))
+
+
+def unfold(kernels: Array, axes: Axes) -> Array:
+    """The unfolding whose spatial ``axes`` go with the outputs, as matrices.
+
+    Args:
+      kernels: ``(batch, *spatial, c_in, c_out)``.
+      axes: spatial axes, counted from 0.
+
+    Returns:
+      ``(batch, Π taps of axes · c_out, Π taps of the others · c_in)``.
+    """
+    rank = kernels.ndim - 3
+    others = tuple(a for a in range(rank) if a not in axes)
+    order = (0, *(1 + a for a in axes), rank + 2, *(1 + a for a in others), rank + 1)
+    moved = jnp.transpose(kernels, order)
+    split = 2 + len(axes)
+    return moved.reshape(moved.shape[0], math.prod(moved.shape[1:split]), -1)
+
+
+def certified_pairs(kernels: Array) -> Pairs:
+    """Upper bounds of the norms of all distinct unfoldings, rounding included, with their top pairs.
+
+    Args:
+      kernels: ``(batch, *spatial, c_in, c_out)``.
+
+    Returns:
+      `Pairs`; ``values`` are never below the norms (`fantastic4.dense.certified_norm`).
+    """
+    batch, *spatial, c_in, c_out = kernels.shape
+    taps = math.prod(spatial)
+
+    def spread(vector: Array, owned: Sequence[int], channels: int) -> Array:
+        shape = [k if a in owned else 1 for a, k in enumerate(spatial)]
+        full = jnp.broadcast_to(vector.reshape(batch, *shape, channels), (batch, *spatial, channels))
+        return full.reshape(batch, taps, channels)
+
+    values, inputs, outputs = [], [], []
+    for axes in distinct(tuple(spatial))[0]:
+        others = [a for a in range(len(spatial)) if a not in axes]
+        bound, left, right = jax.vmap(certified_norm)(unfold(kernels, axes))
+        values.append(bound)
+        inputs.append(spread(right, others, c_in))
+        outputs.append(spread(left, axes, c_out))
+    return Pairs(jnp.stack(values, 1), jnp.stack(inputs, 2), jnp.stack(outputs, 2))
