@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from fantastic4 import unfolding
 from fantastic4.conv import ConvSpec, canonical
@@ -97,7 +98,7 @@ def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: b
     return FourBounds(finish(each)[which], finish(smallest))
 
 
-def _scale(taps: tuple[int, ...], factor: float, dtype) -> np.ndarray:
+def _scale(taps: tuple[int, ...], factor: float, dtype: DTypeLike) -> np.ndarray:
     return constant_up(math.sqrt(math.prod(taps)) * factor, dtype)
 
 

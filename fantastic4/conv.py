@@ -118,12 +118,22 @@ class ConvSpec:
                 "the norm of a Dense layer is fantastic4.dense.bound(kernel)"
             )
         if getattr(layer, "shared_weights", True) is False:
-            raise ValueError(f"{name} has a kernel for every pixel: make it dense with fantastic4.jacobian or bound it as a matrix")
+            raise ValueError(
+                f"{name} has a kernel for every pixel: make it dense with fantastic4.jacobian or bound it as a matrix"
+            )
         injected = getattr(layer, "conv_general_dilated", None)
-        if getattr(layer, "conv_general_dilated_cls", None) is not None or injected not in (None, jax.lax.conv_general_dilated):
-            raise ValueError(f"{name} has its own conv_general_dilated: what it computes is not known; bound what it calls")
+        if getattr(layer, "conv_general_dilated_cls", None) is not None or injected not in (
+            None,
+            jax.lax.conv_general_dilated,
+        ):
+            raise ValueError(
+                f"{name} has its own conv_general_dilated: what it computes is not known; bound what it calls"
+            )
         if any(d != 1 for d in np.ravel(getattr(layer, "input_dilation", None) or 1)):
-            raise ValueError(f"{name} has input_dilation {layer.input_dilation}: write it as ConvTranspose(strides=…), which computes the same")
+            raise ValueError(
+                f"{name} has input_dilation {layer.input_dilation}: "
+                "write it as ConvTranspose(strides=…), which computes the same"
+            )
         transposed = hasattr(layer, "transpose_kernel")
         return cls(
             strides=layer.strides or 1,
@@ -184,12 +194,18 @@ def geometry(shape: tuple[int, ...], spec: ConvSpec) -> Geometry:
         raise ValueError(f"groups {spec.groups} must divide the last axis of the kernel {shape}")
     padding = spec.padding
     if padding == "CAUSAL" and rank != 1:
-        raise ValueError(f"CAUSAL padding is for one spatial axis, the kernel {shape} has {rank}: use (low, high) pairs")
+        raise ValueError(
+            f"CAUSAL padding is for one spatial axis, the kernel {shape} has {rank}: use (low, high) pairs"
+        )
     if not isinstance(padding, str):
         entries = padding if isinstance(padding, tuple) else (padding,) * rank
         pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in entries)
-        if len(pairs) != rank or not all(len(p) == 2 and all(isinstance(v, int | np.integer) for v in p) for p in pairs):
-            raise ValueError(f"padding {padding} must be an int, or an int or (low, high) for each of the {rank} spatial axes")
+        if len(pairs) != rank or not all(
+            len(p) == 2 and all(isinstance(v, int | np.integer) for v in p) for p in pairs
+        ):
+            raise ValueError(
+                f"padding {padding} must be an int, or an int or (low, high) for each of the {rank} spatial axes"
+            )
         padding = tuple((int(low), int(high)) for low, high in pairs)
     taps, dilation = shape[:-2], per_axis("dilation", spec.dilation)
     c_in, c_out = shape[-2] * spec.groups, shape[-1]

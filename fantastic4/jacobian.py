@@ -6,6 +6,7 @@ What Flax's ``Conv`` and ``ConvTranspose`` compute without their bias, from a ke
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import Array, lax
 from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
 from fantastic4.linalg import HIGHEST, real_array
 
+Pads = str | tuple[tuple[int, int], ...]
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
 
 
@@ -51,7 +53,7 @@ def forward(kernel: Array, x: Array, spec: ConvSpec = ConvSpec()) -> Array:  # n
     return y if x.ndim == rank + 2 else y[0]
 
 
-def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding, **strides) -> Array:
+def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding: Pads, **strides: Any) -> Array:
     rank = len(layer.taps)
     spatial = "DHW"[3 - rank :]
     return lax.conv_general_dilated(
@@ -82,7 +84,7 @@ def _transposed(kernel: Array, x: Array, spec: ConvSpec, layer: Geometry) -> Arr
         kernel = jnp.swapaxes(jnp.flip(kernel, tuple(range(rank))), -1, -2)
     padding = layer.padding
     if isinstance(padding, str):
-        padding = [_transposed_pads(e, s, padding) for e, s in zip(layer.extent, layer.strides, strict=True)]
+        padding = tuple(_transposed_pads(e, s, padding) for e, s in zip(layer.extent, layer.strides, strict=True))
     y = _convolve(kernel, x, layer, spec, padding, window_strides=(1,) * rank, lhs_dilation=layer.strides)
     if spec.padding == "CIRCULAR":
         for axis, stride in enumerate(layer.strides, start=1):
@@ -112,7 +114,9 @@ def _wrap(y: Array, axis: int, period: int, *, ceil_in_front: bool) -> Array:
 
 
 def adjoint(kernel: Array, y: Array, input_shape: tuple[int, ...], spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008
-    """The adjoint of `forward` applied to ``y``: ⟨forward(x), y⟩ = ⟨x, adjoint(y)⟩.
+    """The adjoint of `forward` applied to ``y``.
+
+    ⟨forward(x), y⟩ = ⟨x, adjoint(y)⟩ for all x and y.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 
 def unit_roundoff(dtype: DTypeLike) -> float:
-    """u of the floating type ``dtype``: 2⁻²⁴ for float32, 2⁻⁵³ for float64."""
+    """U of the floating type ``dtype``: 2⁻²⁴ for float32, 2⁻⁵³ for float64."""
     return float(jnp.finfo(dtype).eps) / 2
 
 

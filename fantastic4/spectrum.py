@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.linalg import HIGHEST, real_array, with_pairs
@@ -47,7 +48,7 @@ def _grid(sizes: tuple[int, ...], dilation: tuple[int, ...]) -> _Grid:
     return _Grid(sizes, np.stack(np.unravel_index(classes, sizes), -1).astype(np.int32), of.ravel())
 
 
-def _phases(points: Array, sizes: tuple[int, ...], taps: tuple[int, ...], dtype) -> tuple[Array, Array]:
+def _phases(points: Array, sizes: tuple[int, ...], taps: tuple[int, ...], dtype: DTypeLike) -> tuple[Array, Array]:
     """Real and imaginary part of e^{iω·t}, ``(points, Π taps)``.
 
     Looked up by f·t mod N, exact in integers, in tables rounded once from float64.
@@ -82,10 +83,13 @@ def _values(symbols: Array) -> Array:
     """Singular values of the last two axes, descending."""
     if min(symbols.shape[-2:]) > 1:
         return jnp.linalg.svd(symbols, compute_uv=False)
-    # One row or one column: the norm of a vector, with the gradient 0 at 0.
-    squares = jnp.sum(symbols.real**2 + symbols.imag**2, axis=(-2, -1))
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)[..., None]
+    # One row or one column: the norm of a vector, scaled so that squares stay in range; gradient 0 at 0.
+    parts = jnp.concatenate([symbols.real, symbols.imag], -1).reshape(*symbols.shape[:-2], -1)
+    largest = lax.stop_gradient(jnp.max(jnp.abs(parts), axis=-1))
+    scale = jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum((parts / scale[..., None]) ** 2, axis=-1)
+    zero = squares == 0
+    return (jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))) * scale)[..., None]
 
 
 def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> tuple[Array, _Grid, int]:
@@ -115,7 +119,9 @@ def _map_chunks(kernels: Array, grid: _Grid) -> Array:
     """Singular values at every class, ``(classes, batch, values)``, in bounded memory."""
     one = math.prod(kernels.shape[-2:]) * kernels.shape[0] * 2 * kernels.dtype.itemsize
     size = max(1, min(len(grid.points), _CHUNK_BYTES // one))
-    return lax.map(lambda p: _values(_symbols(kernels, p[None], grid.sizes))[0], jnp.asarray(grid.points), batch_size=size)
+    return lax.map(
+        lambda p: _values(_symbols(kernels, p[None], grid.sizes))[0], jnp.asarray(grid.points), batch_size=size
+    )
 
 
 @partial(jax.jit, static_argnames=("input_shape",))

@@ -1,0 +1,1 @@
+"""The demo and the measurements: python -m benchmarks.demo, python -m benchmarks.core."""

@@ -1,0 +1,226 @@
+"""What the core costs, as ratios within one run: the step of all bounds, its compilation and memory, the spectrum.
+
+    python -m benchmarks.core            # prints a table, writes benchmarks/results/core-cpu.json
+
+NumPy's BLAS runs at its best: the spectrum part runs in a process of its own without OPENBLAS_CORETYPE
+and OPENBLAS_L2_SIZE, which some machines set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fantastic4 as f4
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """The 20 kernels of ResNet-18."""
+    shapes: list[tuple[int, ...]] = [(7, 7, 3, 64)]
+    channels = 64
+    for stage in range(4):
+        for _ in range(2):
+            out = 64 * 2**stage
+            shapes += [(3, 3, channels, out), (3, 3, out, out)]
+            if channels != out:
+                shapes.append((1, 1, channels, out))
+            channels = out
+    return shapes
+
+
+def resnet18() -> list[jax.Array]:
+    """Gaussian kernels of those shapes, of the size that initialisation gives them."""
+    key = jax.random.key(7)
+    return [
+        jax.random.normal(jax.random.fold_in(key, i), s) / math.sqrt(math.prod(s[:-1]))
+        for i, s in enumerate(resnet18_shapes())
+    ]
+
+
+def ours(kernels: list[jax.Array], states: list[f4.PowerState]) -> Any:
+    """Σ min(R, S, T, U), one step."""
+    steps = [f4.step(k, s) for k, s in zip(kernels, states, strict=True)]
+    return sum(four.min() for four, _ in steps), [state for _, state in steps]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / (jnp.linalg.norm(x) + 1e-12)
+
+
+def _one_iteration(matrix: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    constant = jax.lax.stop_gradient(matrix)
+    v = _unit(constant.T @ u)
+    u = _unit(constant @ v)
+    return u @ (matrix @ v), u
+
+
+def miyato(kernels: list[jax.Array], states: list[jax.Array]) -> Any:
+    """Σ of the heuristic: one iteration on T alone, with row vectors, as Flax's SpectralNorm does it."""
+    total, new = jnp.zeros(()), []
+    for k, u in zip(kernels, states, strict=True):
+        matrix = k.reshape(-1, k.shape[-1])
+        constant = jax.lax.stop_gradient(matrix)
+        v = _unit(u @ constant.T)
+        u = _unit(v @ constant)
+        total += (v @ matrix @ u.T)[0, 0]
+        new.append(u)
+    return total, new
+
+
+def four_matrices(kernels: list[jax.Array], states: list[list[jax.Array]]) -> Any:
+    """Σ min(R, S, T, U) by building the four matrices, an iteration on each."""
+    total, new = jnp.zeros(()), []
+    for k, vectors in zip(kernels, states, strict=True):
+        h, w, i, o = k.shape
+        matrices = [
+            k.transpose(0, 3, 1, 2).reshape(h * o, w * i),
+            k.transpose(1, 3, 0, 2).reshape(w * o, h * i),
+            k.reshape(-1, o).T,
+            k.transpose(0, 1, 3, 2).reshape(-1, i),
+        ]
+        steps = [_one_iteration(m, u) for m, u in zip(matrices, vectors, strict=True)]
+        total += math.sqrt(h * w) * jnp.min(jnp.stack([value for value, _ in steps]))
+        new.append([u for _, u in steps])
+    return total, new
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each; a round times each after three untimed calls of its own.
+
+    Three, because for about ten milliseconds after a call that frees much memory everything is slower.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(3):
+                jax.block_until_ready(call())
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def step_cost(rounds: int) -> dict[str, Any]:
+    """Value and gradient of the sum over ResNet-18's 20 kernels."""
+    kernels = resnet18()
+    states = {
+        "ours": [f4.init(k, key=jax.random.key(i)) for i, k in enumerate(kernels)],
+        "miyato": [jnp.ones((1, k.shape[-1])) for k in kernels],
+        "four_matrices": [
+            [jnp.ones(n) for n in (h * o, w * o, o, h * w * o)] for h, w, _, o in (k.shape for k in kernels)
+        ],
+    }
+    calls: dict[str, Callable[[], Any]] = {}
+    result: dict[str, Any] = {}
+    for function in (ours, miyato, four_matrices):
+        name = function.__name__
+        begin = time.perf_counter()
+        traced = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(kernels, states[name])
+        step = traced.compile()
+        result[f"compile_s {name}"] = time.perf_counter() - begin
+        memory = step.memory_analysis()
+        result[f"temporary_mb {name}"] = memory.temp_size_in_bytes / 1e6 if memory else math.nan
+        calls[f"step_ms {name}"] = partial(step, kernels, states[name])
+        forward = jax.jit(function).lower(kernels, states[name]).compile()
+        calls[f"forward_ms {name}"] = partial(forward, kernels, states[name])
+    read = jax.jit(lambda kernels: [jnp.sum(k) for k in kernels])
+    calls["read_weights_once_ms"] = lambda: read(kernels)
+    result |= interleaved(calls, rounds)
+    again: Any = jax.jit(jax.value_and_grad(ours, has_aux=True))
+    (_, state), _ = again(kernels, states["ours"])
+    again(kernels, state)
+    result["programs_after_two_calls"] = again._cache_size()
+    result["largest_kernel_mb"] = max(k.nbytes for k in kernels) / 1e6
+    result["ratio step ours/miyato (target <= 1.7)"] = result["step_ms ours"] / result["step_ms miyato"]
+    result["ratio step four_matrices/ours (target >= 10)"] = result["step_ms four_matrices"] / result["step_ms ours"]
+    return result
+
+
+def spectrum_cost(rounds: int) -> dict[str, Any]:
+    """All singular values, 3×3×128×128 at 28×28, against Sedghi's NumPy formula."""
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 128, 128)).astype(np.float32)
+    on_device = jnp.asarray(kernel)
+    calls: dict[str, Callable[[], Any]] = {
+        "spectrum_ms ours": lambda: f4.singular_values(on_device, (28, 28)),
+        "spectrum_ms numpy": lambda: np.linalg.svd(np.fft.fft2(kernel, (28, 28), axes=(0, 1)), compute_uv=False),
+        "exact_norm_ms": lambda: f4.exact_norm(on_device, (28, 28)),
+    }
+    truth = np.sort(calls["spectrum_ms numpy"]().ravel())[::-1]
+    error = float(np.abs(np.asarray(calls["spectrum_ms ours"]()) - truth).max() / truth[0])
+    result: dict[str, Any] = interleaved(calls, max(2, rounds // 5))
+    result["spectrum largest difference / norm"] = error
+    result["ratio spectrum numpy/ours (target >= 2)"] = result["spectrum_ms numpy"] / result["spectrum_ms ours"]
+    return result
+
+
+def in_clean_process(part: str, rounds: int) -> dict[str, Any]:
+    """Run a part where NumPy's BLAS chooses its own kernel."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    command = [sys.executable, "-m", "benchmarks.core", "--part", part, "--rounds", str(rounds)]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {"fantastic4": f4.__version__, "jax": jax.__version__, "numpy": np.__version__},
+    }
+
+
+PARTS = {"step": step_cost, "spectrum": spectrum_cost}
+
+
+def main() -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=sorted(PARTS), help="one part only, as JSON on standard output")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default %(default)s)")
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(PARTS[options.part](options.rounds)))
+        return
+    figures = {"machine": machine()} | {part: in_clean_process(part, options.rounds) for part in PARTS}
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"core-{jax.default_backend()}.json"
+    target.write_text(json.dumps(figures, indent=2) + "\n")
+    table = Table("figure", "value", title=figures["machine"]["cpu"])
+    for part in PARTS:
+        for name, value in figures[part].items():
+            table.add_row(name, f"{value:.3g}", style="bold" if name.startswith("ratio") else None)
+        table.add_section()
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

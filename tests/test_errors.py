@@ -1,0 +1,73 @@
+"""Bad input: refused at trace time, in one sentence that says what came, what is allowed, and the fix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import fantastic4 as f4
+from fantastic4 import jacobian
+
+K = np.ones((3, 3, 2, 4), np.float32)
+CIRCULAR = f4.ConvSpec(padding="CIRCULAR")
+
+
+def state(kernel, spec=f4.ConvSpec()):  # noqa: B008
+    return f4.init(kernel, spec, key=jax.random.key(0), warmup=0)
+
+
+CASES = {
+    "rank 2": (lambda: f4.four_bounds(K[0, 0]), r"1 to 3 spatial axes, got \(2, 4\): for a dense kernel use fantastic4.dense"),
+    "rank 6": (lambda: f4.four_bounds(np.ones((1,) * 6, np.float32)), "1 to 3 spatial axes, got"),
+    "empty axis": (lambda: f4.four_bounds(K[:0]), r"at least one tap and one channel on every axis, got \(0, 3, 2, 4\)"),
+    "integers": (lambda: f4.four_bounds(K.astype(np.int32)), "kernel must have a real floating dtype, got int32: cast it"),
+    "complex": (lambda: f4.four_bounds(K.astype(np.complex64)), "real floating dtype, got complex64"),
+    "booleans": (lambda: f4.bound(K > 0), "real floating dtype, got bool"),
+    "a list": (lambda: f4.four_bounds([[[1.0]]]), "kernel must be an array, got list: wrap it in jnp.asarray"),
+    "unknown method": (lambda: f4.bound(K, method="five"), "unknown method 'five': choose one of four"),
+    "no spec": (lambda: jacobian.materialise(K, (4, 4), None), r"spec must be a ConvSpec, got NoneType: for a layer, ConvSpec.from_layer"),
+    "groups that do not fit": (lambda: f4.four_bounds(K, f4.ConvSpec(groups=3)), "groups 3 must divide the last axis of the kernel"),
+    "strides of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(strides=(2, 2, 2))), r"strides \(2, 2, 2\) has 3 entries, the kernel .* has 2 spatial axes"),
+    "dilation of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(dilation=(2,))), r"dilation \(2,\) has 1 entries"),
+    "pads of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(padding=((1, 1),))), r"\(low, high\) for each of the 2 spatial axes"),
+    "pads that are no ints": (lambda: f4.four_bounds(K, f4.ConvSpec(padding=((1, 1.5), (0, 0)))), "must be an int, or an int or"),
+    "causal 2-D": (lambda: f4.four_bounds(K, f4.ConvSpec(padding="CAUSAL")), "CAUSAL padding is for one spatial axis, the kernel .* has 2"),
+    "unknown padding": (lambda: f4.ConvSpec(padding="SOME"), "padding 'SOME' is not one of SAME, .*EDGE for a convolution"),
+    "transposed reflect": (lambda: f4.ConvSpec(padding="REFLECT", transposed=True), "not one of SAME, VALID, CIRCULAR for a transposed"),
+    "stride 0": (lambda: f4.ConvSpec(strides=0), "strides must be ints of at least 1, got 0"),
+    "stride 1.5": (lambda: f4.ConvSpec(strides=1.5), "strides must be ints of at least 1, got 1.5"),
+    "groups as a tuple": (lambda: f4.ConvSpec(groups=(1, 2)), r"groups must be an int, got \(1, 2\)"),
+    "transpose_kernel alone": (lambda: f4.ConvSpec(transpose_kernel=True), "needs transposed=True"),
+    "transpose_kernel with groups": (lambda: f4.ConvSpec(transposed=True, transpose_kernel=True, groups=2), "goes with groups=1"),
+    "spectrum of zero padding": (lambda: f4.singular_values(K, (4, 4), f4.ConvSpec()), "exact for CIRCULAR padding, got 'SAME', whose norm may be larger"),
+    "spectrum, stride does not divide": (lambda: f4.exact_norm(K, (5, 4), f4.ConvSpec(strides=2, padding="CIRCULAR")), r"strides \(2, 2\) must divide input_shape \(5, 4\).*the nearest size is \(4, 4\)"),
+    "spectrum, wrong rank": (lambda: f4.singular_values(K, (4,), CIRCULAR), r"input_shape \(4,\) must have 2 entries of at least 1: the spatial size"),
+    "spectrum, size 0": (lambda: f4.singular_values(K, (4, 0), CIRCULAR), "entries of at least 1"),
+    "another kernel's state": (lambda: f4.step(K, state(np.ones((5, 5, 2, 4), np.float32))), r"this state has vectors of shape \(1, 25, 4, 4\).*needs \(1, 9, 4, 4\): make one with fantastic4.init"),
+    "another spec's state": (lambda: f4.step(K, state(K), f4.ConvSpec(strides=2)), "make one with fantastic4.init"),
+    "no iterations": (lambda: f4.step(K, state(K), iterations=0), "iterations must be at least 1, got 0"),
+    "negative warmup": (lambda: f4.init(K, key=jax.random.key(0), warmup=-1), "warmup must not be negative, got -1"),
+    "input of another kernel": (lambda: jacobian.forward(K, jnp.ones((4, 4, 3))), r"x has shape \(4, 4, 3\), the kernel .* takes \(\*spatial, 2\)"),
+    "output of another size": (lambda: jacobian.adjoint(K, jnp.ones((5, 4, 4)), (4, 4)), r"y has shape \(5, 4, 4\), the layer's output at input \(4, 4\) is \(4, 4, 4\)"),
+    "torch of rank 2": (lambda: f4.from_torch(np.ones((4, 3))), r"3 to 5 axes, \(c_out, c_in, \*spatial\), got \(4, 3\)"),
+    "torch groups": (lambda: f4.from_torch(np.ones((4, 3, 3)), transposed=True, groups=3), "groups 3 must divide the first axis"),
+    "a dense layer": (lambda: f4.ConvSpec.from_layer(nn.Dense(3)), "Dense is not a Flax convolution: .* fantastic4.dense.bound"),
+    "a local layer": (lambda: f4.ConvSpec.from_layer(nn.ConvLocal(3, (3, 3))), "ConvLocal has a kernel for every pixel"),
+    "input dilation": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3, 3), input_dilation=2)), "write it as ConvTranspose"),
+    "an injected convolution": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3,), conv_general_dilated=lambda *a, **k: None)), "its own conv_general_dilated"),
+    "an injected convolution of NNX": (lambda: f4.ConvSpec.from_layer(nnx.Conv(2, 3, (3,), conv_general_dilated=print, rngs=nnx.Rngs(0))), "its own conv_general_dilated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_bad_input_is_a_value_error_that_names_the_fix(name):
+    call, message = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_it_is_raised_while_tracing():
+    with pytest.raises(ValueError, match="groups 3 must divide"):
+        jax.jit(lambda k: f4.four_bounds(k, f4.ConvSpec(groups=3)).min()).lower(K)

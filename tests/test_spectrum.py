@@ -1,0 +1,94 @@
+"""The circular spectrum beyond the table: large grids, chunks, derivatives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import fantastic4 as f4
+from fantastic4 import spectrum
+
+KERNEL = np.random.default_rng(0).standard_normal((3, 2, 3, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 4), (6, 9)])
+def test_all_values_against_numpy(size):
+    truth = oracle.circular_values(KERNEL, size)
+    ours = np.asarray(f4.singular_values(KERNEL, size))
+    np.testing.assert_allclose(ours, truth, atol=3e-6 * truth[0])
+    np.testing.assert_allclose(f4.exact_norm(KERNEL, size), truth[0], rtol=3e-6)
+
+
+def test_a_kernel_larger_than_the_input_folds_and_is_not_cropped():
+    kernel = np.random.default_rng(1).standard_normal((5, 5, 1, 1)).astype(np.float32)
+    truth = oracle.circular_values(kernel, (3, 3))
+    cropped = oracle.circular_values(kernel[:3, :3], (3, 3))
+    np.testing.assert_allclose(f4.singular_values(kernel, (3, 3)), truth, atol=1e-5)
+    assert abs(truth[0] - cropped[0]) > 0.1
+
+
+def test_half_the_spectrum_is_computed():
+    for sizes in ((8, 8), (7, 5), (6, 5, 4)):
+        grid = spectrum._grid(sizes, (1,) * len(sizes))
+        assert len(grid.points) == (np.prod(sizes) + np.prod([2 - n % 2 for n in sizes])) / 2
+        assert len(grid.of) == np.prod(sizes)
+
+
+def test_chunks_do_not_change_the_values(monkeypatch):
+    whole = np.asarray(f4.singular_values(KERNEL, (6, 5)))
+    monkeypatch.setattr(spectrum, "_CHUNK_BYTES", 7 * 3 * 4 * 8)  # seven of eighteen frequencies at a time
+    jax.clear_caches()
+    np.testing.assert_allclose(f4.singular_values(KERNEL, (6, 5)), whole, rtol=1e-5)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients(groups):
+    spec = f4.ConvSpec(padding="CIRCULAR", strides=2, groups=groups)
+    kernel = jnp.asarray(KERNEL)
+    direction = jax.random.normal(jax.random.key(0), kernel.shape)
+
+    def matrix_norm(k):
+        return oracle.norm(oracle.dense(k, (4, 6), strides=2, groups=groups, padding="CIRCULAR"))
+
+    expected = (matrix_norm(kernel + 1e-3 * direction) - matrix_norm(kernel - 1e-3 * direction)) / 2e-3
+    for function in (
+        lambda k: f4.exact_norm(k, (4, 6), spec),
+        lambda k: f4.singular_values(k, (4, 6), spec)[0],
+    ):
+        np.testing.assert_allclose(jnp.vdot(jax.grad(function)(kernel), direction), expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(jax.jvp(function, (kernel,), (direction,))[1], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_sum_of_squares_is_that_of_the_layer():
+    """Σ σ² = ‖J‖_F² = N Σ K²: every value counted as often as it occurs. And so is its gradient."""
+    energy = lambda k: jnp.sum(f4.singular_values(k, (6, 7)) ** 2)
+    value, gradient = jax.value_and_grad(energy)(jnp.asarray(KERNEL))
+    np.testing.assert_allclose(value, 42 * np.sum(KERNEL**2), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 84 * KERNEL, rtol=1e-3, atol=1e-3)
+
+
+def test_vmap():
+    kernels = jnp.stack([KERNEL, 2 * KERNEL, 0 * KERNEL])
+    each = jnp.stack([f4.singular_values(k, (4, 4)) for k in kernels])
+    chex.assert_trees_all_close(jax.vmap(lambda k: f4.singular_values(k, (4, 4)))(kernels), each, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.vmap(lambda k: f4.exact_norm(k, (4, 4)))(kernels), each[:, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 2), (3, 3, 1, 4)])
+def test_zero_half_and_nan(shape):
+    zero = jnp.zeros(shape)
+    for function in (lambda k: f4.exact_norm(k, (4, 4)), lambda k: f4.singular_values(k, (4, 4)).sum()):
+        value, gradient = jax.value_and_grad(function)(zero)
+        assert float(value) == 0
+        assert np.isfinite(gradient).all()
+        assert np.isnan(function(zero.at[0, 0, 0, 0].set(jnp.nan)))
+    kernel = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    chex.assert_trees_all_equal(f4.exact_norm(kernel, (4, 4)), f4.exact_norm(kernel.astype(jnp.float32), (4, 4)))
+
+
+def test_float64(x64):
+    truth = oracle.circular_values(KERNEL, (5, 6))
+    np.testing.assert_allclose(f4.singular_values(KERNEL.astype(np.float64), (5, 6)), truth, atol=1e-13 * truth[0])
