@@ -108,7 +108,7 @@ def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # no
 
     For every input size, ‖layer‖₂ ≤ factor · √(hw) · min(‖R‖, ‖S‖, ‖T‖, ‖U‖) (Singla & Feizi 2021,
     Theorem 1), with the kernel and the factor of `fantastic4.conv.canonical`, and each ‖·‖ bounded
-    from above by `fantastic4.dense.certified_norm`, within 1.001 of it. With groups each is the
+    from above by `fantastic4.dense.certified_norm`, which adds a thousandth or so. With groups each is the
     largest over the groups. Never more than √(hw) above the norm of a plain convolution.
 
     Differentiable in both modes: the gradient is √(hw) · u vᵀ of the top singular pair, folded back to
