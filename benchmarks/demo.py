@@ -53,7 +53,7 @@ def train_step(params, opt_state, bound_state, beta, images, labels):
     def loss_fn(params):
         logits = model.apply({"params": params}, images)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        penalty, new_state = 0.0, {}
+        penalty, new_state = jnp.zeros(()), {}
         for name, state in bound_state.items():
             four, new_state[name] = f4.step(params[name]["kernel"], state, SPECS[name])
             penalty += four.min()

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from fantastic4 import unfolding
 from fantastic4.conv import ConvSpec, canonical
+from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, round_up
 from fantastic4.unfolding import PowerState
@@ -82,8 +83,10 @@ def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: b
     pairs = lax.stop_gradient(pairs)
     batch, *spatial, c_in, c_out = kernels.shape
     taps = kernels.reshape(batch, -1, c_in, c_out)
-    values = jnp.max(pairs.values, axis=0)
-    group = jnp.argmax(pairs.values, axis=0)  # NaN is its own maximum
+    group = jnp.argmax(pairs.values, axis=0)
+    # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
+    poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
+    values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
     chosen = (jnp.arange(batch)[:, None] == group).astype(values.dtype)
     inputs = pairs.inputs * chosen[:, None, :, None]
     each = with_pairs(values, taps, inputs, pairs.outputs)
@@ -102,7 +105,7 @@ def _scale(taps: tuple[int, ...], factor: float, dtype: DTypeLike) -> np.ndarray
     return constant_up(math.sqrt(math.prod(taps)) * factor, dtype)
 
 
-@jax.jit
+@entry()
 def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # noqa: B008 (frozen)
     r"""The four bounds of a convolution's norm, each never below it, rounding included.
 
@@ -163,7 +166,7 @@ def bound(kernel: Array, spec: ConvSpec = ConvSpec(), *, method: str = "four") -
     return four_bounds(kernel, spec).min()
 
 
-@partial(jax.jit, static_argnames=("warmup",))
+@entry(warmup=count(0))
 def init(kernel: Array, spec: ConvSpec = ConvSpec(), *, key: Array, warmup: int = 20) -> PowerState:  # noqa: B008
     """A start for `step`: random vectors, brought near the top ones by ``warmup`` iterations.
 
@@ -179,14 +182,12 @@ def init(kernel: Array, spec: ConvSpec = ConvSpec(), *, key: Array, warmup: int 
     Raises:
       ValueError: what `four_bounds` refuses, or a negative ``warmup``.
     """
-    if warmup < 0:
-        raise ValueError(f"warmup must not be negative, got {warmup}")
     kernels, _ = canonical(lax.stop_gradient(kernel), spec)
     iterate = lambda _, state: unfolding.power_step(kernels, state)[1]  # noqa: E731
     return lax.fori_loop(0, warmup, iterate, unfolding.start(key, kernels))
 
 
-@partial(jax.jit, static_argnames=("iterations",))
+@entry(iterations=count(1))
 def step(
     kernel: Array,
     state: PowerState,
@@ -213,7 +214,8 @@ def step(
 
     Returns:
       `FourBounds` and the new state. No gradient flows into or out of the state. A zero kernel gives
-      0 and leaves the state as it was.
+      0 and leaves the vectors as they were. From one step to the next the kernel may change its scale
+      by a factor of 1e18 either way; past that, make a new state.
 
     Raises:
       ValueError: ``iterations`` < 1, a state that belongs to another kernel, or what `four_bounds` refuses.
@@ -230,8 +232,7 @@ def step(
       >>> print(round(float(value), 3), gradient.shape)
       9.0 (3, 3, 1, 1)
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    same_kind("state", state, PowerState, "fantastic4.init(kernel, spec, key=…)")
     kernels, factor = canonical(kernel, spec)
     wanted = unfolding.state_shape(kernels)
     if state.vectors.shape != wanted or state.values.shape != (wanted[0], wanted[2]):

@@ -31,6 +31,10 @@ WRAP_PADDINGS = ("CIRCULAR", "REFLECT", "EDGE")
 TRANSPOSED_PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _hashable(value: Any) -> Any:
     return tuple(_hashable(v) for v in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
@@ -70,12 +74,15 @@ class ConvSpec:
     def __post_init__(self):
         for name in ("strides", "dilation", "padding"):
             object.__setattr__(self, name, _hashable(getattr(self, name)))
+        for name in ("transposed", "transpose_kernel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("strides", "dilation", "groups"):
             value = getattr(self, name)
-            if name == "groups" and not isinstance(value, int | np.integer):
+            if name == "groups" and not _is_int(value):
                 raise ValueError(f"groups must be an int, got {value!r}")
             entries = value if isinstance(value, tuple) else (value,)
-            if not entries or not all(isinstance(v, int | np.integer) and v >= 1 for v in entries):
+            if not entries or not all(_is_int(v) and v >= 1 for v in entries):
                 raise ValueError(f"{name} must be ints of at least 1, got {value!r}")
         allowed = TRANSPOSED_PADDINGS if self.transposed else ZERO_PADDINGS + WRAP_PADDINGS
         if isinstance(self.padding, str) and self.padding not in allowed:
@@ -223,14 +230,13 @@ def geometry(shape: tuple[int, ...], spec: ConvSpec) -> Geometry:
 
 
 def check_input_shape(input_shape: tuple[int, ...], layer: Geometry) -> tuple[int, ...]:
-    """``input_shape`` as a tuple of ints, one for each spatial axis, each at least 1."""
-    shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
-    if len(shape) != len(layer.taps) or min(shape) < 1:
+    """``input_shape``, which must have an entry of at least 1 for each spatial axis."""
+    if len(input_shape) != len(layer.taps) or min(input_shape) < 1:
         raise ValueError(
-            f"input_shape {shape} must have {len(layer.taps)} entries of at least 1: "
+            f"input_shape {input_shape} must have {len(layer.taps)} entries of at least 1: "
             "the spatial size, without batch and channels"
         )
-    return shape
+    return input_shape
 
 
 class Canonical(NamedTuple):
@@ -323,7 +329,7 @@ def from_torch(weight: ArrayLike, *, transposed: bool = False, groups: int = 1) 
       ``(*spatial, c_in // groups, c_out)``.
 
     Raises:
-      ValueError: not 3 to 5 axes, or groups that do not divide the first.
+      ValueError: not real floats, not 3 to 5 axes, or groups that do not divide the first.
 
     Example:
       >>> import numpy as np
@@ -331,13 +337,16 @@ def from_torch(weight: ArrayLike, *, transposed: bool = False, groups: int = 1) 
       >>> f4.from_torch(np.zeros((64, 3, 7, 5), np.float32)).shape
       (7, 5, 3, 64)
     """
-    array = jnp.asarray(np.asarray(weight))
+    weight = np.asarray(weight)
+    if weight.dtype == object or not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"weight must be an array of real floats, got dtype {weight.dtype}: a CPU tensor, detached")
+    array = jnp.asarray(weight)
     if not 3 <= array.ndim <= 5:
         raise ValueError(f"a PyTorch convolution weight has 3 to 5 axes, (c_out, c_in, *spatial), got {array.shape}")
     spatial = tuple(range(2, array.ndim))
     if not transposed:
         return jnp.transpose(array, (*spatial, 1, 0))
-    if groups < 1 or array.shape[0] % groups:
+    if not _is_int(groups) or groups < 1 or array.shape[0] % groups:
         raise ValueError(f"groups {groups} must divide the first axis of a transposed weight {array.shape}")
     array = jnp.flip(array, spatial).reshape(groups, array.shape[0] // groups, *array.shape[1:])
     array = jnp.moveaxis(array, 0, -1)  # (c_in / groups, c_out / groups, *spatial, groups)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
+from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, real_array
 
 Pads = str | tuple[tuple[int, int], ...]
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
 
 
-@jax.jit
+@entry()
 def forward(kernel: Array, x: Array, spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008 (frozen)
     """The layer with this kernel applied to ``x``, without bias.
 
@@ -113,6 +114,7 @@ def _wrap(y: Array, axis: int, period: int, *, ceil_in_front: bool) -> Array:
     return jnp.moveaxis(circle, 0, axis)
 
 
+@entry(input_shape=sizes)
 def adjoint(kernel: Array, y: Array, input_shape: tuple[int, ...], spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008
     """The adjoint of `forward` applied to ``y``.
 
@@ -140,6 +142,7 @@ def adjoint(kernel: Array, y: Array, input_shape: tuple[int, ...], spec: ConvSpe
     return jax.linear_transpose(apply, x)(y.astype(expected.dtype))[0]
 
 
+@entry(input_shape=sizes)
 def materialise(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = ConvSpec()) -> Array:  # noqa: B008
     """The layer as a dense matrix: its Jacobian, for small cases (the memory is inputs × outputs).
 

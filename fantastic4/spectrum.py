@@ -11,14 +11,15 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
-from fantastic4.linalg import HIGHEST, real_array, with_pairs
+from fantastic4.entry import entry, sizes
+from fantastic4.linalg import HIGHEST, all_finite, real_array, with_pairs
+from fantastic4.rounding import power_of_two
 
 CIRCULAR = ConvSpec(padding="CIRCULAR")
 _CHUNK_BYTES = 2**26  # of symbols in flight
@@ -83,17 +84,31 @@ def _values(symbols: Array) -> Array:
     """Singular values of the last two axes, descending."""
     if min(symbols.shape[-2:]) > 1:
         return jnp.linalg.svd(symbols, compute_uv=False)
-    # One row or one column: the norm of a vector, scaled so that squares stay in range; gradient 0 at 0.
-    parts = jnp.concatenate([symbols.real, symbols.imag], -1).reshape(*symbols.shape[:-2], -1)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(parts), axis=-1))
-    scale = jnp.where(largest > 0, largest, 1)
-    squares = jnp.sum((parts / scale[..., None]) ** 2, axis=-1)
-    zero = squares == 0
-    return (jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))) * scale)[..., None]
+    # One row or one column: the norm of a vector, with the gradient 0 at 0.
+    squares = jnp.sum(symbols.real**2 + symbols.imag**2, axis=(-2, -1))
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)[..., None]
 
 
-def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> tuple[Array, _Grid, int]:
-    """Canonical kernels and frequencies of a circular layer, and how many singular values it has."""
+class _Circular(NamedTuple):
+    """A circular layer, made ready for its symbol.
+
+    Attributes:
+      kernels: canonical, scaled by a power of two so that no intermediate value leaves the range of
+        floats; zero where the kernel is not finite, for LAPACK may not return from an infinite entry.
+      scale: to multiply singular values by; NaN for a kernel that is not finite.
+      grid: the frequencies.
+      total: how many singular values the layer has.
+    """
+
+    kernels: Array
+    scale: Array
+    grid: _Grid
+    total: int
+
+
+def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _Circular:
+    """The canonical kernels and the frequencies of a circular layer."""
     kernel = real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
     shape = check_input_shape(input_shape, layer)
@@ -112,7 +127,11 @@ def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> tu
     spacing = tuple(d // math.gcd(s, d) for s, d in zip(layer.strides, layer.dilation, strict=True))
     outputs = tuple(n * s for n, s in zip(shape, layer.strides, strict=True)) if spec.transposed else frequencies
     count = min(math.prod(shape) * layer.c_in, math.prod(outputs) * layer.c_out)
-    return canonical(kernel, spec, shape).kernels, _grid(frequencies, spacing), count
+    kernels = canonical(kernel, spec, shape).kernels
+    finite = all_finite(lax.stop_gradient(kernels))
+    kernels = jnp.where(finite, kernels, 0)
+    scale, inverse = power_of_two(jnp.max(jnp.abs(lax.stop_gradient(kernels))))
+    return _Circular(kernels * inverse, jnp.where(finite, scale, jnp.nan), _grid(frequencies, spacing), count)
 
 
 def _map_chunks(kernels: Array, grid: _Grid) -> Array:
@@ -124,7 +143,7 @@ def _map_chunks(kernels: Array, grid: _Grid) -> Array:
     )
 
 
-@partial(jax.jit, static_argnames=("input_shape",))
+@entry(input_shape=sizes)
 def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> Array:
     """Every singular value of a circular convolution, with multiplicity.
 
@@ -153,13 +172,13 @@ def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec 
       >>> print(f4.singular_values(identity, (2, 2)))
       [2. 2. 2. 2.]
     """
-    kernels, grid, count = _circular(kernel, input_shape, spec)
-    values = _map_chunks(kernels, grid)[grid.of].ravel()
+    layer = _circular(kernel, input_shape, spec)
+    values = _map_chunks(layer.kernels, layer.grid)[layer.grid.of].ravel()
     # Inputs that no tap reaches, and phases that have none, add zeros.
-    return jnp.pad(-jnp.sort(-values), (0, count - values.size))
+    return jnp.pad(-jnp.sort(-values), (0, layer.total - values.size)) * layer.scale
 
 
-@partial(jax.jit, static_argnames=("input_shape",))
+@entry(input_shape=sizes)
 def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> Array:
     """The largest of `singular_values`, without sorting or keeping the others.
 
@@ -183,7 +202,7 @@ def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIR
       >>> print(round(float(f4.exact_norm(jnp.ones((3, 3, 1, 1)), (8, 8))), 4))
       9.0
     """
-    kernels, grid, _ = _circular(kernel, input_shape, spec)
+    kernels, scale, grid, _ = _circular(kernel, input_shape, spec)
     constant = lax.stop_gradient(kernels)
     batch, *taps, c_in, c_out = kernels.shape
     largest = _map_chunks(constant, grid)[..., 0]
@@ -197,6 +216,6 @@ def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIR
     inputs = jnp.stack([inputs.real, -inputs.imag], 1)
     outputs = jnp.broadcast_to(jnp.stack([outputs.real, outputs.imag]), (len(inputs), 2, c_out))
     chosen = (jnp.arange(batch) == group).astype(kernels.dtype)[:, None, None, None]
-    value = jnp.stack([jnp.where(jnp.isnan(largest).any(), jnp.nan, values[0]), jnp.zeros_like(values[0])])
+    value = jnp.stack([values[0], jnp.zeros_like(values[0])])
     spread = jnp.broadcast_to(outputs, (batch, *outputs.shape))
-    return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread))
+    return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread)) * scale

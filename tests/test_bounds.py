@@ -309,3 +309,16 @@ def test_the_unfoldings_that_coincide_are_computed_once():
     assert unfolding.distinct((1, 1)) == (((),), (0, 0, 0, 0))
     assert len(unfolding.distinct((1, 5))[0]) == 2
     assert start(np.ones((1, 1, 4, 6), np.float32)).vectors.shape == (1, 1, 1, 6)
+
+
+def test_a_nan_among_thousands_is_not_lost():
+    """On a CPU a maximum over 4,096 entries or more drops a NaN: in the entries, and in the groups."""
+    zero = np.zeros((3, 3, 32, 32), np.float32)
+    zero[0, 0, 0, 0] = np.nan
+    assert np.isnan(f4.four_bounds(zero).values).all()
+    groups = np.ones((1, 1, 1, 4096), np.float32)
+    groups[0, 0, 0, 7] = np.nan
+    assert np.isnan(f4.four_bounds(groups, f4.ConvSpec(groups=4096)).min())
+    assert np.isnan(
+        f4.step(groups, start(np.nan_to_num(groups), f4.ConvSpec(groups=4096)), f4.ConvSpec(groups=4096))[0].t
+    )

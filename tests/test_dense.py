@@ -50,6 +50,7 @@ def test_zero_empty_and_nan():
         assert float(value) == 0
         assert np.isfinite(gradient).all()
         assert np.isnan(function(zero.at[0, 0].set(jnp.nan)))
+        assert np.isnan(function(zero.at[0, 0].set(jnp.inf)))
     assert float(dense.bound(jnp.zeros((0, 4)))) == float(dense.exact_norm(jnp.zeros((4, 0)))) == 0
 
 
@@ -68,9 +69,26 @@ def test_vmap():
         (lambda: dense.bound(jnp.ones((3, 3, 2, 2))), r"\(n_in, n_out\), got \(3, 3, 2, 2\): for a convolution use"),
         (lambda: dense.exact_norm(jnp.ones((3, 3), jnp.int32)), "real floating dtype, got int32"),
         (lambda: dense.step(MATRIX, dense.PowerState(jnp.ones(3))), r"needs \(7,\): make one with dense.init"),
-        (lambda: dense.step(MATRIX, dense.PowerState(jnp.ones(7)), iterations=0), "iterations must be at least 1"),
+        (
+            lambda: dense.step(MATRIX, dense.PowerState(jnp.ones(7)), iterations=0),
+            "iterations must be at least 1, got 0",
+        ),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_infinity_does_not_hang_the_decomposition():
+    matrix = jnp.asarray(MATRIX).at[0, 0].set(jnp.inf)
+    value, gradient = jax.value_and_grad(dense.exact_norm)(matrix)
+    assert np.isnan(value)
+    assert gradient.shape == matrix.shape
+
+
+def test_the_gap_where_rounding_adds_most():
+    """All singular values equal: what the docstring says of it."""
+    for n, gap in ((100, 1.0004), (300, 1.001)):
+        bound = float(dense.bound(jnp.eye(n)))
+        assert 1 <= bound <= gap

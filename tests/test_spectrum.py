@@ -92,3 +92,20 @@ def test_zero_half_and_nan(shape):
 def test_float64(x64):
     truth = oracle.circular_values(KERNEL, (5, 6))
     np.testing.assert_allclose(f4.singular_values(KERNEL.astype(np.float64), (5, 6)), truth, atol=1e-13 * truth[0])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poison_in_one_group_reaches_the_norm(poison):
+    kernel = np.ones((3, 3, 2, 8), np.float32)
+    kernel[1, 1, 0, 0] = poison
+    spec = f4.ConvSpec(groups=4, padding="CIRCULAR")
+    assert np.isnan(f4.singular_values(kernel, (4, 4), spec)).all()
+    assert np.isnan(f4.exact_norm(kernel, (4, 4), spec))
+    jax.block_until_ready(jax.grad(lambda k: f4.singular_values(k, (4, 4), spec)[0])(kernel))  # returns
+
+
+def test_no_overflow_on_the_way():
+    kernel = np.full((3, 4, 4), 2e37, np.float32)
+    truth = oracle.circular_values(kernel, (4,))[0]
+    np.testing.assert_allclose(f4.exact_norm(kernel, (4,)), truth, rtol=1e-5)
+    np.testing.assert_allclose(f4.singular_values(kernel, (4,))[0], truth, rtol=1e-5)

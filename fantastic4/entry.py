@@ -1,0 +1,81 @@
+"""What a public function does before it is compiled: look at its arguments, so that errors name the fix."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def count(least: int) -> Callable[[str, Any], int]:
+    """A converter for `entry`: an int that is at least ``least``."""
+
+    def convert(name: str, value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} must be an int, got {value!r}") from None
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+        return number
+
+    return convert
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """A converter for `entry`: one int a spatial axis; a single int is one axis."""
+    try:
+        entries = value if isinstance(value, tuple | list) else (operator.index(value),)
+        return tuple(operator.index(n) for n in entries)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a tuple of ints, got {value!r}: the spatial size, without batch and channels"
+        ) from None
+
+
+def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
+
+    Every keyword names a static argument and the converter that checks it. All other arguments must be
+    arrays, trees of arrays, or static objects such as a `ConvSpec`.
+
+    Returns:
+      A decorator. The function raises ValueError for an argument that JAX cannot take.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        compiled = jax.jit(function, static_argnames=tuple(static))
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name, value in given.arguments.items():
+                if name in static:
+                    given.arguments[name] = static[name](name, value)
+                    continue
+                for leaf in jax.tree.leaves(value):
+                    if not hasattr(leaf, "dtype"):
+                        kind = type(leaf).__name__
+                        wanted = (
+                            "a ConvSpec" if name == "spec" else "an array (or a tree of arrays): jnp.asarray makes one"
+                        )
+                        raise ValueError(f"{name} must be {wanted}, got {kind} in {function.__name__}")
+            return compiled(*given.args, **given.kwargs)
+
+        return checked
+
+    return decorate
+
+
+def same_kind(name: str, value: Any, kind: type, source: str) -> None:
+    """Refuse a state of another kind: ``source`` is the call that makes the right one."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__} from {source}, got {type(value).__name__}")
