@@ -83,12 +83,14 @@ def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: b
     pairs = lax.stop_gradient(pairs)
     batch, *spatial, c_in, c_out = kernels.shape
     taps = kernels.reshape(batch, -1, c_in, c_out)
-    group = jnp.argmax(pairs.values, axis=0)
-    # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
-    poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
-    values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
-    chosen = (jnp.arange(batch)[:, None] == group).astype(values.dtype)
-    inputs = pairs.inputs * chosen[:, None, :, None]
+    if batch == 1:
+        values, inputs = pairs.values[0], pairs.inputs
+    else:
+        # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
+        poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
+        values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
+        chosen = jnp.arange(batch)[:, None] == jnp.argmax(pairs.values, axis=0)
+        inputs = pairs.inputs * chosen[:, None, :, None].astype(values.dtype)
     each = with_pairs(values, taps, inputs, pairs.outputs)
     best = jnp.argmin(values)
     pick = partial(lax.dynamic_index_in_dim, index=best, keepdims=False)
@@ -235,7 +237,7 @@ def step(
     same_kind("state", state, PowerState, "fantastic4.init(kernel, spec, key=…)")
     kernels, factor = canonical(kernel, spec)
     wanted = unfolding.state_shape(kernels)
-    if state.vectors.shape != wanted or state.values.shape != (wanted[0], wanted[2]):
+    if state.vectors.shape != wanted or state.scales.shape != (wanted[0], wanted[2]):
         raise ValueError(
             f"this state has vectors of shape {state.vectors.shape}, the kernel {kernel.shape} with this spec "
             f"needs {wanted}: make one with fantastic4.init(kernel, spec, key=…)"

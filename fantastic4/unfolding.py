@@ -105,7 +105,8 @@ def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
     by_unfolding = jnp.swapaxes(product, 1, 2)
     summed = lax.dot_general(side.same, by_unfolding, (((2,), (2,)), ((0,), (1,))), precision=HIGHEST)
     summed = jnp.moveaxis(summed, 2, 0)
-    return summed, jnp.sqrt(jnp.sum(summed * summed, axis=(2, 3)) / side.readers)
+    squares = jnp.einsum("bmtc,bmtc->bm", summed, summed, precision=HIGHEST)
+    return summed, jnp.sqrt(squares / side.readers)
 
 
 def _reciprocal(x: Array) -> Array:
@@ -133,11 +134,11 @@ class PowerState(NamedTuple):
     Attributes:
       vectors: ``(batch, taps, m, c_out)``, left singular vectors as each tap reads them, divided by
         their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
-      values: ``(batch, m)``, the singular values. 0 says that the kernel was zero.
+      scales: ``(batch, m)``, one over the singular values; 1 where the kernel was zero.
     """
 
     vectors: Array
-    values: Array
+    scales: Array
 
 
 def power_step(kernels: Array, state: PowerState) -> tuple[Pairs, PowerState]:
@@ -161,13 +162,14 @@ def power_step(kernels: Array, state: PowerState) -> tuple[Pairs, PowerState]:
     product = lax.dot_general(taps, state.vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
     product, norms = _share(jnp.swapaxes(product, 2, 3), inp)
     inputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
-    near = inputs * _reciprocal(state.values)[:, None, :, None]
+    near = inputs * state.scales[:, None, :, None]
     product = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
     product, norms = _share(product, out)
     outputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
-    values = norms * jnp.where(state.values > 0, state.values, 1)
-    new = jnp.where(norms[:, None, :, None] > 0, outputs * _reciprocal(values)[:, None, :, None], state.vectors)
-    return Pairs(values, inputs, outputs), PowerState(new, values)
+    values = norms / state.scales
+    scales = _reciprocal(values)
+    new = jnp.where(norms[:, None, :, None] > 0, outputs * scales[:, None, :, None], state.vectors)
+    return Pairs(values, inputs, outputs), PowerState(new, scales)
 
 
 def state_shape(kernels: Array) -> tuple[int, int, int, int]:
@@ -177,14 +179,13 @@ def state_shape(kernels: Array) -> tuple[int, int, int, int]:
 
 
 def start(key: Array, kernels: Array) -> PowerState:
-    """Random unit vectors for `power_step`, and rough values: the Frobenius norms of the kernels."""
+    """Random vectors for `power_step`, scaled by the Frobenius norms of the kernels, near enough to start."""
     shape = state_shape(kernels)
     random = jax.random.normal(key, shape, kernels.dtype)
     vectors, norms = _share(random, _sharing(kernels.shape[1:-2])[0])
     vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
-    size = jax.vmap(lambda kernel: unit(kernel.ravel())[0])(kernels)
-    vectors = vectors * _reciprocal(size)[:, None, None, None]
-    return PowerState(vectors, jnp.broadcast_to(size[:, None], (shape[0], shape[2])))
+    scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel.ravel())[0])(kernels))
+    return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
 
 
 def unfold(kernels: Array, axes: Axes) -> Array:
