@@ -1,8 +1,6 @@
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
-
 
 @pytest.fixture
 def x64():
