@@ -152,7 +152,8 @@ def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec 
     coarser grid, groups a symbol each, kernels larger than the input fold over. They are not those of
     a zero-padded layer, whose norm may be larger.
 
-    Differentiable; where singular values coincide, by one of the subgradients.
+    Differentiable; where singular values coincide, by one of the subgradients. On a CPU that is busy with
+    other work, set OPENBLAS_NUM_THREADS=1 before JAX is imported: its LAPACK waits for all cores at once.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.

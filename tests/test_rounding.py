@@ -117,3 +117,23 @@ def test_a_broken_bound_would_be_caught(broken):
             value = float(np.sqrt(np.sum(gram**2) / np.trace(gram)))
         below += value < oracle.norm(matrix)
     assert below > 0
+
+
+def test_the_bound_survives_the_worst_arithmetic_that_the_model_allows(monkeypatch):
+    """Every sum of products off by all that γ allows, each in the direction that lowers the norm most.
+
+    That is what the slack of a Gram matrix pays for; real rounding never comes near it.
+    """
+    n = 400
+    matrix = np.random.default_rng(0).choice([-1.0, 1.0], (n, n)).astype(np.float32)
+    truth, gram = oracle.norm(matrix), dense._gram
+    top = np.sign(np.linalg.svd(matrix)[2][0])
+    error = rounding.gamma(sum(dense._blocks(n)), np.float32) * n * np.outer(top, top)  # γ |A|ᵀ|A|
+
+    def worst(a):
+        return gram(a) if isinstance(a, jax.core.Tracer) else gram(a) - error.astype(np.float32)
+
+    monkeypatch.setattr(dense, "_gram", worst)
+    assert float(dense.certified_norm(jnp.asarray(matrix)).bound) >= truth
+    monkeypatch.setattr(dense, "_gram_slack", lambda length, dtype: np.zeros((), dtype))
+    assert float(dense.certified_norm(jnp.asarray(matrix)).bound) < truth  # without the slack it does not
