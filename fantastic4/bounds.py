@@ -113,8 +113,8 @@ def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # no
 
     For every input size, ‖layer‖₂ ≤ factor · √(hw) · min(‖R‖, ‖S‖, ‖T‖, ‖U‖) (Singla & Feizi 2021,
     Theorem 1), with the kernel and the factor of `fantastic4.conv.canonical`, and each ‖·‖ bounded
-    from above by `fantastic4.dense.certified_norm`, which adds a thousandth or so. With groups each is the
-    largest over the groups. Never more than √(hw) above the norm of a plain convolution.
+    from above by `fantastic4.dense.certified_norm`, which says by how much it may exceed them. With groups each is
+    the largest over the groups. For unit stride and zero padding, at most √(hw) times the norm on large inputs.
 
     Differentiable in both modes: the gradient is √(hw) · u vᵀ of the top singular pair, folded back to
     the kernel's shape; that of the minimum is the smallest one's. The pair is held constant, so second
