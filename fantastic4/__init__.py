@@ -10,6 +10,8 @@ from fantastic4.bounds import init as init
 from fantastic4.bounds import step as step
 from fantastic4.conv import ConvSpec as ConvSpec
 from fantastic4.conv import from_torch as from_torch
+from fantastic4.interval import Interval as Interval
+from fantastic4.interval import norm_interval as norm_interval
 from fantastic4.spectrum import exact_norm as exact_norm
 from fantastic4.spectrum import singular_values as singular_values
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from fantastic4.border import PAD_MODES, pads, transposed_pads
 from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
 from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, real_array
 
 Pads = str | tuple[tuple[int, int], ...]
-_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
 
 
 @entry()
@@ -70,12 +70,10 @@ def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding:
 
 
 def _direct(kernel: Array, x: Array, spec: ConvSpec, layer: Geometry) -> Array:
-    padding = layer.padding
-    if padding in _PAD_MODES:
-        widths = [(0, 0), *(((e - 1) // 2, e // 2) for e in layer.extent), (0, 0)]
-        x, padding = jnp.pad(x, widths, mode=_PAD_MODES[padding]), "VALID"
-    elif padding == "CAUSAL":
-        padding = ((layer.extent[0] - 1, 0),)
+    padding = pads(layer, x.shape[1:-1])
+    if spec.padding in PAD_MODES:
+        x = jnp.pad(x, [(0, 0), *padding, (0, 0)], mode=PAD_MODES[str(spec.padding)])
+        padding = ((0, 0),) * len(padding)
     return _convolve(kernel, x, layer, spec, padding, window_strides=layer.strides)
 
 
@@ -85,23 +83,12 @@ def _transposed(kernel: Array, x: Array, spec: ConvSpec, layer: Geometry) -> Arr
         kernel = jnp.swapaxes(jnp.flip(kernel, tuple(range(rank))), -1, -2)
     padding = layer.padding
     if isinstance(padding, str):
-        padding = tuple(_transposed_pads(e, s, padding) for e, s in zip(layer.extent, layer.strides, strict=True))
+        padding = tuple(transposed_pads(e, s, padding) for e, s in zip(layer.extent, layer.strides, strict=True))
     y = _convolve(kernel, x, layer, spec, padding, window_strides=(1,) * rank, lhs_dilation=layer.strides)
     if spec.padding == "CIRCULAR":
         for axis, stride in enumerate(layer.strides, start=1):
             y = _wrap(y, axis, stride * x.shape[axis], ceil_in_front=not spec.transpose_kernel)
     return y
-
-
-def _transposed_pads(extent: int, stride: int, padding: str) -> tuple[int, int]:
-    """Zeros in front of and behind the upsampled input, by the conventions of ``lax.conv_transpose``."""
-    if padding == "SAME":
-        total = extent + stride - 2
-        front = extent - 1 if stride > extent - 1 else -(-total // 2)
-    else:
-        total = extent + stride - 2 + max(extent - stride, 0)
-        front = extent - 1
-    return front, total - front
 
 
 def _wrap(y: Array, axis: int, period: int, *, ceil_in_front: bool) -> Array:

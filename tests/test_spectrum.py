@@ -8,7 +8,7 @@ import oracle
 import pytest
 
 import fantastic4 as f4
-from fantastic4 import spectrum
+from fantastic4 import spectrum, symbol
 
 KERNEL = np.random.default_rng(0).standard_normal((3, 2, 3, 4)).astype(np.float32)
 
@@ -31,7 +31,7 @@ def test_a_kernel_larger_than_the_input_folds_and_is_not_cropped():
 
 def test_half_the_spectrum_is_computed():
     for sizes in ((8, 8), (7, 5), (6, 5, 4)):
-        grid = spectrum._grid(sizes, (1,) * len(sizes))
+        grid = symbol.grid(sizes, (1,) * len(sizes))
         assert len(grid.points) == (np.prod(sizes) + np.prod([2 - n % 2 for n in sizes])) / 2
         assert len(grid.of) == np.prod(sizes)
 

@@ -1,0 +1,190 @@
+r"""The symbol of a convolution, F(ω) = Σ_t e^{iω·t} K[t], and its Gram matrix as a trigonometric polynomial.
+
+A plain convolution multiplies the Fourier transform of its input by F(ω), so its norm is the largest
+‖F(ω)‖. That of the smaller side's Gram matrix,
+
+    G(ω) = F(ω) F(ω)ᴴ = Q_0 + Σ_{d>0} cos(d·ω) (Q_d + Q_dᵀ) + i sin(d·ω) (Q_d - Q_dᵀ),   Q_d = Σ_t K[t+d] K[t]ᵀ,
+
+costs no matrix product a frequency once its coefficients are known: a few sums of matrices instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from fantastic4.linalg import HIGHEST
+
+_CHUNK_BYTES = 2**26  # of symbols in flight
+
+
+def phases(points: Array, sizes: tuple[int, ...], taps: tuple[int, ...], dtype: DTypeLike) -> tuple[Array, Array]:
+    """Real and imaginary part of e^{iω·t}, ``(points, Π taps)``, at ω = 2π points / sizes.
+
+    Looked up by f·t mod N, exact in integers, in tables rounded once from float64.
+    """
+    real = jnp.ones((len(points), 1), dtype)
+    imag = jnp.zeros((len(points), 1), dtype)
+    for axis, (n, k) in enumerate(zip(sizes, taps, strict=True)):
+        angle = 2 * np.pi * np.arange(n) / n
+        turn = points[:, axis, None] * np.arange(k) % n
+        c, s = jnp.asarray(np.cos(angle), dtype)[turn], jnp.asarray(np.sin(angle), dtype)[turn]
+        real, imag = (
+            (real[:, :, None] * c[:, None] - imag[:, :, None] * s[:, None]).reshape(len(points), -1),
+            (real[:, :, None] * s[:, None] + imag[:, :, None] * c[:, None]).reshape(len(points), -1),
+        )
+    return real, imag
+
+
+def parts(kernels: Array, points: Array, sizes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Real and imaginary part of F at the frequencies ``points``, ``(points, batch, c_in, c_out)``.
+
+    A product with the few rows of the Fourier matrix that are needed: for small kernels much cheaper
+    than an FFT, and kernels larger than the grid fold over by themselves.
+    """
+    batch, *taps, c_in, c_out = kernels.shape
+    flat = kernels.reshape(batch, -1, c_in, c_out)
+    product = partial(jnp.einsum, "ft,btio->fbio", precision=HIGHEST)
+    real, imag = phases(points, sizes, tuple(taps), kernels.dtype)
+    return product(real, flat), product(imag, flat)
+
+
+def symbols(kernels: Array, points: Array, sizes: tuple[int, ...]) -> Array:
+    """F at the frequencies ``points``: ``(points, batch, c_in, c_out)``, complex."""
+    return lax.complex(*parts(kernels, points, sizes))
+
+
+def half_grid(sizes: tuple[int, ...]) -> np.ndarray:
+    """One frequency of every pair f, -f of a grid, ``(count, rank)``: a real kernel has F(-ω) = conj F(ω)."""
+    f = np.indices(sizes).reshape(len(sizes), -1).T
+    opposite = np.ravel_multi_index((-f % np.array(sizes)).T, sizes)
+    return f[np.arange(len(f)) <= opposite].astype(np.int32)
+
+
+class Grid(NamedTuple):
+    """The frequencies of a circular convolution, each class of equal spectra once.
+
+    Attributes:
+      sizes: frequencies per axis, N; frequency f stands for ω = 2πf/N.
+      points: ``(classes, rank)``, one frequency a class.
+      of: ``(Π sizes,)``, the class of every frequency.
+    """
+
+    sizes: tuple[int, ...]
+    points: np.ndarray
+    of: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)
+def grid(sizes: tuple[int, ...], dilation: tuple[int, ...]) -> Grid:
+    """Frequencies d·f mod N, with f and -f in one class: a real kernel has F(-ω) = conj F(ω)."""
+    n = np.array(sizes)
+    f = np.indices(sizes).reshape(len(sizes), -1).T * np.array(dilation) % n
+    key = np.minimum(np.ravel_multi_index(f.T, sizes), np.ravel_multi_index((-f % n).T, sizes))
+    classes, of = np.unique(key, return_inverse=True)
+    return Grid(sizes, np.stack(np.unravel_index(classes, sizes), -1).astype(np.int32), of.ravel())
+
+
+class Gram(NamedTuple):
+    """G(ω) as a trigonometric polynomial with real matrix coefficients; n is the smaller channel side.
+
+    Attributes:
+      even: ``(batch, lags, n, n)``: Q_0, then Q_d + Q_dᵀ.
+      odd: ``(batch, lags, n, n)``: 0, then Q_d - Q_dᵀ.
+    """
+
+    even: Array
+    odd: Array
+
+
+@functools.lru_cache(maxsize=64)
+def lags(taps: tuple[int, ...]) -> np.ndarray:
+    """The lags d of a `Gram`, 0 first, one of each pair d, -d: ``(lags, rank)``."""
+    sizes = tuple(2 * k - 1 for k in taps)
+    f = half_grid(sizes)
+    return np.where(f >= np.array(taps), f - np.array(sizes), f)
+
+
+def gram(kernels: Array) -> Gram:
+    """The coefficients of G, from its values on the smallest grid that determines them.
+
+    Args:
+      kernels: ``(batch, *spatial, c_in, c_out)``.
+
+    Returns:
+      `Gram`, of the kernels' dtype.
+    """
+    batch, *taps, c_in, c_out = kernels.shape
+    if c_in > c_out:  # Fᵀ has the norm of F
+        kernels, c_in, c_out = jnp.swapaxes(kernels, -1, -2), c_out, c_in
+    sizes = tuple(2 * k - 1 for k in taps)
+    points = half_grid(sizes)
+    times = partial(jnp.einsum, "bio,bjo->bij", precision=HIGHEST)
+
+    def values(point: Array) -> tuple[Array, Array]:
+        real, imag = (part[0] for part in parts(kernels, point[None], sizes))
+        cross = times(imag, real)
+        return times(real, real) + times(imag, imag), cross - jnp.swapaxes(cross, -1, -2)
+
+    one = 4 * batch * c_in * c_out * kernels.dtype.itemsize
+    size = max(1, min(len(points), _CHUNK_BYTES // one))
+    real, imag = lax.map(values, jnp.asarray(points), batch_size=size)
+    angle = 2 * np.pi * (lags(tuple(taps)) @ (points / np.array(sizes)).T)
+    both = np.where(np.arange(len(points)) > 0, 2.0, 1.0)  # f and -f; the sizes are odd, so only 0 is its own opposite
+    weight = both[:, None] * both / math.prod(sizes)
+    invert = partial(jnp.einsum, "df,fbij->bdij", precision=HIGHEST)
+    return Gram(
+        invert(jnp.asarray(weight * np.cos(angle), kernels.dtype), real),
+        invert(jnp.asarray(weight * np.sin(angle), kernels.dtype), imag),
+    )
+
+
+def evaluate(coefficients: Gram, cosines: Array, sines: Array) -> Array:
+    """G at the frequencies whose cos(d·ω) and sin(d·ω) these are: ``(points, batch, n, n)``, complex.
+
+    Args:
+      coefficients: from `gram`.
+      cosines: ``(points, lags)``.
+      sines: ``(points, lags)``.
+    """
+    at = partial(jnp.einsum, "fd,bdij->fbij", precision=HIGHEST)
+    return lax.complex(at(cosines, coefficients.even), at(sines, coefficients.odd))
+
+
+def turns(points: np.ndarray, sizes: tuple[int, ...], taps: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """cos(d·ω) and sin(d·ω) at grid frequencies for every lag, ``(points, lags)`` in float64.
+
+    The multiples are reduced in integers, so each is right to a unit or two in the last place.
+    """
+    whole = math.lcm(*sizes)
+    steps = np.array([whole // n for n in sizes])
+    angle = 2 * np.pi / whole * ((points * steps) @ lags(taps).T % whole)
+    return np.cos(angle), np.sin(angle)
+
+
+def below(grams: Array, threshold: Array) -> Array:
+    """Whether the Cholesky decomposition of ``threshold``·I - G succeeds: then λ(G) ≤ threshold, nearly.
+
+    By how much a success can mislead is known (Higham 2002, Theorem 10.7): see `fantastic4.interval`.
+
+    Args:
+      grams: ``(..., n, n)``, Hermitian; one triangle is read.
+      threshold: scalar.
+
+    Returns:
+      Booleans ``(...)``.
+    """
+    n = grams.shape[-1]
+    if n == 1:
+        return grams[..., 0, 0].real <= threshold
+    shifted = threshold * jnp.eye(n, dtype=grams.dtype) - grams
+    # LAPACK wants columns first: of the conjugate, which has the same eigenvalues, that costs no transposition.
+    factor = lax.linalg.cholesky(jnp.swapaxes(shifted, -1, -2), symmetrize_input=False)
+    return jnp.all(jnp.isfinite(jnp.diagonal(factor.real, axis1=-2, axis2=-1)), axis=-1)
