@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,14 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from fantastic4 import unfolding
+from fantastic4 import gram, ladder, unfolding
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, round_up
 from fantastic4.unfolding import PowerState
 
-METHODS = ("four",)
+METHODS = ("four", "weighted", "hybrid", "grid", "gram", "gram_conv")
 
 
 @jax.tree_util.register_dataclass
@@ -143,29 +145,75 @@ def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # no
     return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=True)
 
 
-def bound(kernel: Array, spec: ConvSpec = ConvSpec(), *, method: str = "four") -> Array:  # noqa: B008 (frozen)
-    """Upper bound of a convolution's norm, never below it, for every input size.
+def _method(name: str, value: Any) -> str:
+    if value not in METHODS:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(METHODS)}")
+    return value
+
+
+def _optional(least: int) -> Callable[[str, Any], int | None]:
+    return lambda name, value: None if value is None else count(least)(name, value)
+
+
+@entry(method=_method, points=_optional(1), iterations=_optional(1))
+def bound(
+    kernel: Array,
+    spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
+    *,
+    method: str = "four",
+    points: int | None = None,
+    iterations: int | None = None,
+) -> Array:
+    """Upper bound of a convolution's norm, never below it, for every input size, rounding included.
+
+    A ladder from cheap to tight; docs/methods.md has the table of costs and gaps.
+
+    * ``"four"``: the smallest of `four_bounds`; at most √(taps) above the norm.
+    * ``"weighted"``: the same with weighted taps, the best of three weights; never above ``"four"``.
+    * ``"hybrid"``: one axis on a grid of ``points`` (2k + 2), the others unfolded; the best axis.
+    * ``"grid"``: all axes on a grid of ``points`` (3k) an axis; at most Π 1/cos(π(k-1)/2N) above, whatever the kernel.
+    * ``"gram"``: the four by ``iterations`` (5) Gram iterations: Schatten norms, whose gradient reaches all large
+      singular values.
+    * ``"gram_conv"``: ``iterations`` (3) convolutional Gram iterations.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.
       spec: the layer's `ConvSpec`.
-      method: ``"four"``: the smallest of `four_bounds`.
+      method: one of these.
+      points: of ``"grid"`` and ``"hybrid"``: points on an axis, at least the (polyphase) kernel size.
+      iterations: of ``"gram"`` and ``"gram_conv"``, at least 1.
 
     Returns:
-      Scalar, differentiable.
+      Scalar, differentiable; second derivatives by held-constant vectors are zero. 0, or the smallest floats, for a zero
+      kernel; NaN where an entry is NaN or infinite.
 
     Raises:
-      ValueError: an unknown method, or what `four_bounds` refuses.
+      ValueError: an unknown method, a grid too coarse, an option of another method, or what `four_bounds` refuses.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import fantastic4 as f4
       >>> 2.0 <= float(f4.bound(2 * jnp.ones((1, 1, 1, 1)))) < 2.01
       True
+      >>> one_tap = jnp.zeros((3, 3, 1, 1)).at[0, 1].set(1.0)
+      >>> [round(float(f4.bound(one_tap, method=m)), 2) for m in ("four", "weighted", "grid")]
+      [3.0, 1.0, 1.13]
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    return four_bounds(kernel, spec).min()
+    if points is not None and method not in ("grid", "hybrid"):
+        raise ValueError(f"points belong to the methods 'grid' and 'hybrid', not to {method!r}")
+    if iterations is not None and method not in ("gram", "gram_conv"):
+        raise ValueError(f"iterations belong to the methods 'gram' and 'gram_conv', not to {method!r}")
+    if method == "four":
+        return four_bounds(kernel, spec).min()
+    kernels, factor = canonical(kernel, spec)
+    value = {
+        "weighted": ladder.weighted,
+        "hybrid": lambda k: ladder.hybrid(k, points),
+        "grid": lambda k: ladder.grid(k, points),
+        "gram": lambda k: ladder.matrix_gram(k, iterations or 5),
+        "gram_conv": lambda k: gram.convolutional_bound(k, iterations or 3),
+    }[method](kernels)
+    return round_up(value * constant_up(factor, kernels.dtype), 2) if factor != 1 else value
 
 
 @entry(warmup=count(0))

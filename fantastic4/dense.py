@@ -72,6 +72,14 @@ def _sum_squares(a: Array) -> Array:
     return jnp.sum(rows) * constant_up(1 + gamma(sum(a.shape) + 4, a.dtype), a.dtype)
 
 
+def frobenius_bound(matrix: Array) -> Array:
+    """Upper bound of the Frobenius norm of a matrix, rounding included; NaN if an entry is NaN or infinite."""
+    scale, inverse = power_of_two(jnp.max(jnp.abs(matrix), initial=0))
+    root = round_up(jnp.sqrt(_sum_squares(matrix * inverse)), 4)
+    value = round_up(root * scale, 2) + subnormal_norm(matrix)
+    return jnp.where(all_finite(matrix), value, jnp.nan)
+
+
 class _Powers(NamedTuple):
     """Loop state: A_t = (AᵀA)^(2^t) up to exact scalings, whose history undoes them at the end."""
 
@@ -82,7 +90,7 @@ class _Powers(NamedTuple):
     gap: Array
 
 
-def certified_norm(matrix: Array) -> Certified:
+def certified_norm(matrix: Array, squarings: int | None = None) -> Certified:
     r"""Upper bound of ‖M‖₂ by Gram iteration, rounding included, without convergence.
 
     With G_0 = AᵀA and G_{t+1} = G_tᵀG_t, ‖A‖₂ ≤ ‖G_T‖_F^(2^-(T+1)), which falls to ‖A‖₂ as T
@@ -99,6 +107,7 @@ def certified_norm(matrix: Array) -> Certified:
 
     Args:
       matrix: ``(rows, columns)``, float32 or float64.
+      squarings: T, instead of as many as are needed: the bound is then the Schatten norm of order 2^(T+2).
 
     Returns:
       `Certified`: bound, left, right. NaN if an entry is NaN or infinite. Subnormal entries, which a
@@ -130,10 +139,11 @@ def certified_norm(matrix: Array) -> Certified:
             spread * jnp.exp2(-state.steps.astype(dtype) - 1),
         )
 
-    history = jnp.zeros(_SQUARINGS + 1, dtype)
+    most = _SQUARINGS if squarings is None else squarings
+    history = jnp.zeros(most + 1, dtype)
     start = record(_Powers(gram, history, history, jnp.asarray(0), jnp.zeros((), dtype)), gram)
     end = lax.while_loop(
-        lambda state: (state.steps <= _SQUARINGS) & (state.gap > _GAP),
+        lambda state: (state.steps <= most) & ((state.gap > _GAP) | (squarings is not None)),
         lambda state: record(state, _gram(state.power)),
         start,
     )

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fantastic4.dense import certified_norm
+from fantastic4.dense import certified_norm, frobenius_bound
 from fantastic4.linalg import HIGHEST, unit
+from fantastic4.rounding import constant_up, round_up, unit_roundoff
 
 Axes = tuple[int, ...]
 
@@ -79,17 +80,23 @@ class _Sharing(NamedTuple):
 
 
 @functools.cache
-def _sharing(taps: tuple[int, ...]) -> tuple[_Sharing, _Sharing]:
-    """For the output vectors and for the input vectors of the distinct unfoldings."""
+def _sharing(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Sharing, _Sharing]:
+    """For the output vectors and for the input vectors of the distinct unfoldings, ``repeats`` times over."""
     grid = np.indices(taps).reshape(len(taps), -1)
 
     def sharing(owned: list[Axes]) -> _Sharing:
         same = [np.all(grid[list(axes), :, None] == grid[list(axes), None, :], axis=0) for axes in owned]
-        return _Sharing(np.array(same, np.float32), np.array([s[0].sum() for s in same], np.float32))
+        return _Sharing(
+            np.array(same * repeats, np.float32), np.array([s[0].sum() for s in same] * repeats, np.float32)
+        )
 
     outputs = distinct(taps)[0]
-    everything = set(range(len(taps)))
-    return sharing(list(outputs)), sharing([tuple(sorted(everything - set(axes))) for axes in outputs])
+    return sharing(list(outputs)), sharing([others(taps, axes) for axes in outputs])
+
+
+def others(taps: tuple[int, ...], axes: Axes) -> Axes:
+    """The spatial axes that are not among ``axes``."""
+    return tuple(a for a in range(len(taps)) if a not in axes)
 
 
 def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
@@ -119,7 +126,7 @@ class Pairs(NamedTuple):
 
     Attributes:
       values: ``(batch, m)``.
-      inputs: ``(batch, taps, m, c_in)``, right vectors.
+      inputs: ``(batch, taps, m, c_in)``, right vectors, times the weights of the taps where there are any.
       outputs: ``(batch, taps, m, c_out)``, left vectors.
     """
 
@@ -141,27 +148,31 @@ class PowerState(NamedTuple):
     scales: Array
 
 
-def power_step(kernels: Array, state: PowerState) -> tuple[Pairs, PowerState]:
+def power_step(kernels: Array, state: PowerState, weights: Array | None = None) -> tuple[Pairs, PowerState]:
     """One power iteration of every unfolding, in two passes over the kernels.
 
     Args:
       kernels: ``(batch, *spatial, c_in, c_out)``.
       state: of kernels of this shape.
+      weights: ``(batch, taps, m)``, by which each tap counts in each unfolding, m a multiple of the number
+        of distinct ones; 1 without.
 
     Returns:
       The singular values reached (from below) with their vectors, and the new state. Where a value is
       0 the old vectors stay.
     """
     batch, *spatial, c_in, c_out = kernels.shape
-    out, inp = _sharing(tuple(spatial))
+    out, inp = _sharing(tuple(spatial), state.vectors.shape[2] // len(distinct(tuple(spatial))[0]))
+    by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
     taps = kernels.reshape(batch, -1, c_in, c_out)
     each_tap = ((0, 1), (0, 1))
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many.
     product = lax.dot_general(taps, state.vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
-    product, norms = _share(jnp.swapaxes(product, 2, 3), inp)
+    product, norms = _share(by_weight(jnp.swapaxes(product, 2, 3)), inp)
     inputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
+    inputs = by_weight(inputs)
     near = inputs * state.scales[:, None, :, None]
     product = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
     product, norms = _share(product, out)
@@ -172,17 +183,17 @@ def power_step(kernels: Array, state: PowerState) -> tuple[Pairs, PowerState]:
     return Pairs(values, inputs, outputs), PowerState(new, scales)
 
 
-def state_shape(kernels: Array) -> tuple[int, int, int, int]:
+def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
     """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
     batch, *spatial, _, c_out = kernels.shape
-    return batch, math.prod(spatial), len(distinct(tuple(spatial))[0]), c_out
+    return batch, math.prod(spatial), repeats * len(distinct(tuple(spatial))[0]), c_out
 
 
-def start(key: Array, kernels: Array) -> PowerState:
+def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `power_step`, scaled by the Frobenius norms of the kernels, near enough to start."""
-    shape = state_shape(kernels)
+    shape = state_shape(kernels, repeats)
     random = jax.random.normal(key, shape, kernels.dtype)
-    vectors, norms = _share(random, _sharing(kernels.shape[1:-2])[0])
+    vectors, norms = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
     vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
     scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel.ravel())[0])(kernels))
     return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
@@ -199,24 +210,68 @@ def unfold(kernels: Array, axes: Axes) -> Array:
       ``(batch, Π taps of axes · c_out, Π taps of the others · c_in)``.
     """
     rank = kernels.ndim - 3
-    others = tuple(a for a in range(rank) if a not in axes)
-    order = (0, *(1 + a for a in axes), rank + 2, *(1 + a for a in others), rank + 1)
+    rest = others(kernels.shape[1:-2], axes)
+    order = (0, *(1 + a for a in axes), rank + 2, *(1 + a for a in rest), rank + 1)
     moved = jnp.transpose(kernels, order)
     split = 2 + len(axes)
     return moved.reshape(moved.shape[0], math.prod(moved.shape[1:split]), -1)
 
 
-def certified_pairs(kernels: Array) -> Pairs:
+class Weights(NamedTuple):
+    """How much each tap counts in each unfolding.
+
+    Attributes:
+      taps: ``(batch, taps, m)``, positive.
+      factor: ``(batch, m)``: σ∞ ≤ factor · ‖unfolding with its blocks scaled by ``taps``‖.
+    """
+
+    taps: Array
+    factor: Array
+
+
+def weights(kernels: Array, powers: Sequence[float]) -> Weights:
+    r"""Weights for all distinct unfoldings, one set for each power.
+
+    For positive a over the row taps of an unfolding and b over its column taps, F = (e/a ⊗ I) M (e/b ⊗ I)
+    where M has its block (k, l) scaled by a_k b_l, so σ∞ ≤ ‖1/a‖₂ ‖1/b‖₂ ‖M‖₂. With a_k = (Frobenius norm of
+    the taps in row k)^-p, and b likewise; p = 0 gives the four bounds. Any weights are sound, these too if
+    rounded: the factor is computed from them. Taps of almost nothing get a weight as if they had 1e-6 of the largest.
+    """
+    batch, *spatial, _, _ = kernels.shape
+    largest = jnp.max(jnp.abs(kernels), axis=tuple(range(1, kernels.ndim)), keepdims=True)
+    scaled = kernels / jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum(scaled * scaled, axis=(-2, -1))
+    each, factors = [], []
+    for power in powers:
+        for axes in distinct(tuple(spatial))[0]:
+            tap, factor = jnp.ones((batch, *spatial), kernels.dtype), jnp.ones(batch, kernels.dtype)
+            for side in (axes, others(tuple(spatial), axes)):
+                # One sum for each value of the taps on this side, over the other side.
+                sums = jnp.sum(squares, axis=tuple(1 + a for a in others(tuple(spatial), side)), keepdims=True)
+                top = jnp.max(sums, axis=tuple(range(1, sums.ndim)), keepdims=True)
+                size = jnp.maximum(sums / jnp.where(top > 0, top, 1), 1e-12)
+                weight = size ** (-power / 2)
+                inverse = 1 / weight
+                tap = tap * weight
+                factor = factor * jnp.sqrt(jnp.sum(inverse * inverse, axis=tuple(range(1, sums.ndim))))
+            each.append(tap.reshape(batch, -1))
+            factors.append(factor)
+    return Weights(jnp.stack(each, -1), jnp.stack(factors, -1))
+
+
+def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
     """Upper bounds of the norms of all distinct unfoldings, rounding included, with their top pairs.
 
     Args:
       kernels: ``(batch, *spatial, c_in, c_out)``.
+      scaling: of the taps; the bounds are then those of the weighted unfoldings, without the factor.
 
     Returns:
       `Pairs`; ``values`` are never below the norms (`fantastic4.dense.certified_norm`).
     """
     batch, *spatial, c_in, c_out = kernels.shape
     taps = math.prod(spatial)
+    kinds = distinct(tuple(spatial))[0]
 
     def spread(vector: Array, owned: Sequence[int], channels: int) -> Array:
         shape = [k if a in owned else 1 for a, k in enumerate(spatial)]
@@ -224,10 +279,18 @@ def certified_pairs(kernels: Array) -> Pairs:
         return full.reshape(batch, taps, channels)
 
     values, inputs, outputs = [], [], []
-    for axes in distinct(tuple(spatial))[0]:
-        others = [a for a in range(len(spatial)) if a not in axes]
-        bound, left, right = jax.vmap(certified_norm)(unfold(kernels, axes))
+    for m in range(len(kinds) if scaling is None else scaling.taps.shape[-1]):
+        axes = kinds[m % len(kinds)]
+        scaled, tap = kernels, 1
+        if scaling is not None:
+            tap = scaling.taps[..., m, None]
+            scaled = kernels * scaling.taps[..., m].reshape(batch, *spatial, 1, 1)
+        bound, left, right = jax.vmap(certified_norm)(unfold(scaled, axes))
+        if scaling is not None:
+            # A scaled entry is off by two roundings: the weight's product and its own.
+            size = jax.vmap(lambda k: frobenius_bound(k.reshape(-1, c_out)))(scaled)
+            bound = round_up(bound + constant_up(2.1 * unit_roundoff(bound.dtype), bound.dtype) * size, 4)
         values.append(bound)
-        inputs.append(spread(right, others, c_in))
+        inputs.append(tap * spread(right, others(tuple(spatial), axes), c_in))
         outputs.append(spread(left, axes, c_out))
     return Pairs(jnp.stack(values, 1), jnp.stack(inputs, 2), jnp.stack(outputs, 2))

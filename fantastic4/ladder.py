@@ -1,0 +1,229 @@
+"""The ladder from cheap to tight: every bound between the fantastic four and the interval.
+
+Each sound function here takes canonical kernels and returns an upper bound of σ∞, rounding included. `init` and
+`step` are their warm-started estimates for a train step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fantastic4 import frequency, gram, unfolding
+from fantastic4.conv import ConvSpec, canonical
+from fantastic4.entry import count, entry, same_kind
+from fantastic4.linalg import with_pairs
+from fantastic4.rounding import constant_up, round_up
+
+POWERS = (0.0, 0.5, 0.75)
+"""Exponents of the tap weights of the sound weighted bound; 0 is the four bounds."""
+TRAINING_POWERS = (0.0, 0.5)
+TRAINING_METHODS = ("four", "weighted", "grid")
+
+
+def _smallest(kernels: Array, pairs: unfolding.Pairs, factors: Array) -> Array:
+    """The largest over the batch of factor · value, the smallest of those over the unfoldings, differentiable."""
+    pairs, factors = lax.stop_gradient((pairs, factors))
+    batch, *_, c_in, c_out = kernels.shape
+    values = pairs.values * factors
+    groups = jnp.argmax(values, axis=0)
+    tops = jnp.where(jnp.any(jnp.isnan(values), axis=0), jnp.nan, jnp.max(values, axis=0))
+    m = jnp.argmin(tops)
+    group = groups[m]
+    chosen = (jnp.arange(batch) == group).astype(kernels.dtype)[:, None, None]
+    pick = partial(lax.dynamic_index_in_dim, index=m, axis=2, keepdims=False)
+    inputs = pick(pairs.inputs) * chosen * factors[group, m]
+    return with_pairs(tops[m], kernels.reshape(batch, -1, c_in, c_out), inputs, pick(pairs.outputs))
+
+
+def weighted(kernels: Array) -> Array:
+    r"""Min over weights and unfoldings of ‖1/a‖ ‖1/b‖ ‖unfolding scaled by a, b‖: at most the four bounds.
+
+    See `fantastic4.unfolding.weights`. The weights are constants in the gradient, which they may be: any are sound.
+    """
+    scaling = unfolding.weights(lax.stop_gradient(kernels), POWERS)
+    pairs = unfolding.certified_pairs(lax.stop_gradient(kernels), scaling)
+    # A factor is a product of two norms of a few numbers, each from squares and reciprocals.
+    factors = round_up(scaling.factor, 2 * math.prod(kernels.shape[1:-2]) + 24)
+    return round_up(_smallest(kernels, pairs, factors), 2)
+
+
+def hybrid(kernels: Array, points: int | None) -> Array:
+    """The smallest over the axes of: this axis on a grid of ``points``, the others unfolded; 2k + 2 points by default."""
+    spatial = kernels.shape[1:-2]
+    axes = [a for a, k in enumerate(spatial) if k > 1] or [0]
+    tops = []
+    for axis in axes:
+        top = frequency.certified_top(lax.stop_gradient(kernels), (axis,), points or 2 * spatial[axis] + 2)
+        tops.append(frequency.differentiable(kernels, top))
+    return jnp.min(jnp.stack(tops))
+
+
+def grid(kernels: Array, points: int | None) -> Array:
+    """Max ‖F‖ on a grid of ``points`` an axis (3k by default) times the Ehlich-Zeller factor."""
+    sizes = _grid_sizes(kernels.shape[1:-2], points)
+    top = frequency.certified_top(lax.stop_gradient(kernels), tuple(range(len(sizes))), sizes)
+    return frequency.differentiable(kernels, top)
+
+
+def _grid_sizes(spatial: tuple[int, ...], points: int | None) -> tuple[int, ...]:
+    return tuple(1 if k == 1 else points or 3 * k for k in spatial)
+
+
+def matrix_gram(kernels: Array, iterations: int) -> Array:
+    """√taps · the smallest Schatten norm of order 2^(iterations + 1) of the unfoldings."""
+    spatial = kernels.shape[1:-2]
+    each = []
+    for axes in unfolding.distinct(spatial)[0]:
+        matrices = unfolding.unfold(kernels, axes)
+        each.append(jnp.max(jax.vmap(lambda m: gram.schatten_bound(m, iterations))(matrices)))
+    scale = constant_up(math.sqrt(math.prod(spatial)), kernels.dtype)
+    return round_up(jnp.min(jnp.stack(each)) * scale, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LadderState:
+    """What the next `step` starts from.
+
+    Attributes:
+      inner: the vectors of the method.
+      method: its name, static.
+      points: grid points an axis, static; None where there is no grid.
+    """
+
+    inner: Any
+    method: str = dataclasses.field(metadata={"static": True})
+    points: int | None = dataclasses.field(metadata={"static": True})
+
+
+def _method(name: str, value: Any) -> str:
+    if value not in TRAINING_METHODS:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(TRAINING_METHODS)}")
+    return value
+
+
+def _points(name: str, value: Any) -> int | None:
+    return None if value is None else count(1)(name, value)
+
+
+@entry(method=_method, points=_points, warmup=count(0))
+def init(
+    kernel: Array,
+    spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
+    *,
+    key: Array,
+    method: str = "grid",
+    points: int | None = None,
+    warmup: int = 20,
+) -> LadderState:
+    """A start for `step`: random vectors, brought near the top ones by ``warmup`` iterations.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      spec: the layer's `ConvSpec`.
+      key: a ``jax.random.key``.
+      method: ``"four"``, ``"weighted"`` or ``"grid"``.
+      points: of ``"grid"``: points an axis, at least the kernel size; 3k without.
+      warmup: iterations to run.
+
+    Returns:
+      `LadderState`.
+
+    Raises:
+      ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid.
+    """
+    kernels, _ = canonical(lax.stop_gradient(kernel), spec)
+    if points is not None and method != "grid":
+        raise ValueError(f"points belong to method 'grid', not to {method!r}")
+    inner: Any
+    if method == "grid":
+        sizes = _grid_sizes(kernels.shape[1:-2], points)
+        frequency.grid_factor(kernels.shape[1:-2], sizes)
+        inner = frequency.start(key, kernels, sizes)
+    else:
+        inner = unfolding.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
+    iterate = _iterate(kernels, method, points)
+    return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
+
+
+def _iterate(kernels: Array, method: str, points: int | None) -> Callable[[Any], tuple[Any, Any]]:
+    """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
+    if method == "grid":
+        return lambda s: frequency.power_step(kernels, s, _grid_sizes(kernels.shape[1:-2], points))
+    if method == "four":
+        return lambda s: unfolding.power_step(kernels, s)
+    scaling = unfolding.weights(kernels, TRAINING_POWERS)
+    return lambda s: unfolding.power_step(kernels, s, scaling.taps)
+
+
+@entry(iterations=count(1))
+def step(
+    kernel: Array,
+    state: LadderState,
+    spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
+    *,
+    iterations: int = 1,
+) -> tuple[Array, LadderState]:
+    """An estimate of a bound for a train step, by the method that the state was made for.
+
+    **An estimate**: power iteration comes to each singular value from below. Measured costs and gaps of the
+    methods stand in docs/methods.md; the sound counterparts are ``fantastic4.bound(kernel, spec, method=…)``.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      state: from `init` or the step before.
+      spec: the layer's `ConvSpec`.
+      iterations: at least 1.
+
+    Returns:
+      A scalar whose gradient is that of the singular value which is largest, or of the unfolding which is smallest, with
+      constant vectors; and the new state.
+
+    Raises:
+      ValueError: a state that belongs to another kernel.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import ladder
+      >>> kernel = jnp.ones((3, 3, 1, 1))
+      >>> state = ladder.init(kernel, key=jax.random.key(0), method="grid", points=8)
+      >>> value, state = ladder.step(kernel, state)
+      >>> print(round(float(value), 2))  # 9 · 1.17, the factor of an 8-point grid
+      10.54
+    """
+    same_kind("state", state, LadderState, "ladder.init(kernel, spec, key=…)")
+    kernels, factor = canonical(kernel, spec)
+    spatial, dtype = kernels.shape[1:-2], kernels.dtype
+    constant = lax.stop_gradient(kernels)
+    if state.method == "grid":
+        sizes = _grid_sizes(spatial, state.points)
+        wanted = jax.eval_shape(lambda: frequency.start(jax.random.key(0), kernels, sizes))
+    else:
+        repeats = len(TRAINING_POWERS) if state.method == "weighted" else 1
+        wanted = jax.eval_shape(lambda: unfolding.start(jax.random.key(0), kernels, repeats))
+    if jax.tree.map(jnp.shape, state.inner) != jax.tree.map(lambda x: x.shape, wanted):
+        raise ValueError(
+            f"this state belongs to another kernel than {kernel.shape} with this spec: "
+            "make one with ladder.init(kernel, spec, key=…)"
+        )
+    inner = jax.tree.map(lambda x: lax.stop_gradient(x).astype(dtype), state.inner)
+    iterate = _iterate(constant, state.method, state.points)
+    if iterations > 1:
+        inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
+    found, inner = iterate(inner)
+    if state.method == "grid":
+        scale = frequency.grid_factor(spatial, sizes)
+        value = frequency.differentiable(kernels, found) * scale
+    elif state.method == "weighted":
+        value = _smallest(kernels, found, unfolding.weights(constant, TRAINING_POWERS).factor)
+    else:
+        value = _smallest(kernels, found, jnp.full_like(found.values, math.sqrt(math.prod(spatial))))
+    return value * factor, LadderState(inner, state.method, state.points)
