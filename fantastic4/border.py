@@ -157,6 +157,23 @@ def covers(kernel_shape: tuple[int, ...], spec: ConvSpec, input_shape: tuple[int
     ]
 
 
+def check_circular(input_shape: tuple[int, ...], layer: Geometry, spec: ConvSpec) -> tuple[int, ...]:
+    """``input_shape``, at which the layer must be circular and have a symbol."""
+    shape = check_input_shape(input_shape, layer)
+    if spec.padding != "CIRCULAR":
+        raise ValueError(
+            f"the spectrum is exact for CIRCULAR padding, got {spec.padding!r}, whose norm may be larger: "
+            "ask for dataclasses.replace(spec, padding='CIRCULAR'), or bound this layer with fantastic4.four_bounds"
+        )
+    if not spec.transposed and any(n % s for n, s in zip(shape, layer.strides, strict=True)):
+        nearest = tuple(max(1, round(n / s)) * s for n, s in zip(shape, layer.strides, strict=True))
+        raise ValueError(
+            f"strides {layer.strides} must divide input_shape {shape}, or the rows wrap onto other phases "
+            f"and no symbol exists: the nearest size is {nearest}"
+        )
+    return shape
+
+
 def tap_spacing(layer: Geometry) -> tuple[int, ...]:
     """By how many outputs one tap of the canonical kernel moves, an axis: the dilation that strides leave."""
     return tuple(d // math.gcd(s, d) for s, d in zip(layer.strides, layer.dilation, strict=True))

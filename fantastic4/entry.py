@@ -40,10 +40,17 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
         ) from None
 
 
+def number(name: str, value: Any) -> Any:
+    """A converter for `entry`: a scalar, which may be traced or a plain Python number; it stays dynamic."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
+        raise ValueError(f"{name} must be a number or a scalar array, got {value!r}")
+    return value
+
+
 def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
 
-    Every keyword names a static argument and the converter that checks it. All other arguments must be
+    Every keyword names a static argument (or a `number`) and the converter that checks it. All other arguments must be
     arrays, trees of arrays, or static objects such as a `ConvSpec`.
 
     Returns:
@@ -52,7 +59,7 @@ def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Cal
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        compiled = jax.jit(function, static_argnames=tuple(static))
+        compiled = jax.jit(function, static_argnames=tuple(n for n, c in static.items() if c is not number))
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:

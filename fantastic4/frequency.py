@@ -2,8 +2,8 @@ r"""Bounds from a few frequencies: some axes of a kernel by Fourier transform, t
 
 On N ≥ k points of an axis with k taps, a trigonometric polynomial with k frequencies attains its maximum up to a
 factor: sup ‖F‖ ≤ max on the grid · 1/cos(π(k-1)/2N) (Ehlich & Zeller 1964), and also ≤ (1 - (k-1)/N)^(-1/2)
-(Pfister & Bresler 2018), smaller where N is close to k. Axis by axis the factors multiply. What remains of the kernel at a
-frequency is a complex kernel over the other axes, which Theorem 1 of the fantastic four bounds.
+(Pfister & Bresler 2018), smaller where N is close to k. Axis by axis the factors multiply. What remains of the kernel
+at a frequency is a complex kernel over the other axes, which Theorem 1 of the fantastic four bounds.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ class GridState(NamedTuple):
     vectors: Array
 
 
-def start(key: Array, kernels: Array, sizes: tuple[int, ...]) -> GridState:
-    """Random vectors for `power_step`."""
-    shape = (len(kernels), len(half_grid(sizes)), 2, kernels.shape[-1])
+def start(key: Array, kernels: Array, points: int) -> GridState:
+    """Random vectors for `power_step` at so many frequencies."""
+    shape = (len(kernels), points, 2, kernels.shape[-1])
     return GridState(_normalise(jax.random.normal(key, shape, kernels.dtype))[1])
 
 
@@ -165,7 +165,7 @@ def _normalise(x: Array) -> tuple[Array, Array]:
     return (norm * largest)[..., 0, 0], x / jnp.where(norm > 0, norm, 1)
 
 
-def power_step(kernels: Array, state: GridState, sizes: tuple[int, ...]) -> tuple[Top, GridState]:
+def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tuple[int, ...]) -> tuple[Top, GridState]:
     """One power iteration of F at every frequency of a grid, all in two passes over the kernels.
 
     Every frequency adds two columns to the vectors that the kernel is multiplied by.
@@ -173,13 +173,13 @@ def power_step(kernels: Array, state: GridState, sizes: tuple[int, ...]) -> tupl
     Args:
       kernels: ``(batch, *spatial, c_in, c_out)``.
       state: of kernels of this shape and this grid.
-      sizes: points an axis.
+      points: frequencies, ``(count, rank)``.
+      sizes: of the grid, one an axis.
 
     Returns:
       The largest singular value reached (from below), without any factor, and the new state.
     """
     batch, *spatial, c_in, c_out = kernels.shape
-    points = half_grid(sizes)
     tables = _turns(points, sizes, tuple(spatial))
     cosines, sines = (jnp.asarray(t, kernels.dtype) for t in tables)  # (points, taps)
     count, frequencies = cosines.shape[1], len(points)

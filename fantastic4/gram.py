@@ -1,8 +1,8 @@
 r"""Bounds by Gram iteration after a fixed number of steps: sound without convergence.
 
-Of matrices: with G_0 = MᵀM, the Schatten norm (tr G_0^(2^(t-1)·2))^(2^-(t+1)) of order 2^(t+1) lies above ‖M‖ and falls to it as
-t grows (Delattre et al. 2023). Of convolutions: K_{t+1} = K_t ⋆ K_tᵀ squares the norm, and any crude bound of K_t's gives its 2^t-th
-root; with the largest absolute row sum, t = 1 is the bound of AOL (Prach & Lampert 2022).
+Of matrices: with A = MᵀM, the Schatten norm (tr A^(2^t))^(2^-(t+1)) of order 2^(t+1) lies above ‖M‖ and falls to it as
+t grows (Delattre et al. 2023). Of convolutions: K_{t+1} = K_t ⋆ K_tᵀ squares the norm, and any crude bound of that of
+K_t gives its 2^t-th root; with the largest absolute row sum, t = 1 is the bound of AOL (Prach & Lampert 2022).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from fantastic4.dense import certified_norm, frobenius_bound
@@ -78,9 +77,9 @@ def _correlate(kernels: Array) -> Array:
 def convolutional_bound(kernels: Array, iterations: int) -> Array:
     r"""Upper bound of σ∞ by convolutional Gram iteration, rounding included.
 
-    σ∞ ≤ (max_i Σ_jd |K_t[d]_ij|)^(2^-t), K_{t+1} = K_t ⋆ K_tᵀ. A computed lag is off by γ times what its absolute values give, an operator of
-    norm at most ‖Σ_d |K_t[d]|‖_F²; that much is carried back through every root. For many channels it adds up
-    (3×3×64×64: 1e-3, 512 channels: a tenth), and the kernels grow to 2^t (k - 1) + 1 taps an axis.
+    σ∞ ≤ (max_i Σ_jd |K_t[d]_ij|)^(2^-t), K_{t+1} = K_t ⋆ K_tᵀ. A computed lag is off by γ times what absolute
+    values give, an operator of norm at most ‖Σ_d |K_t[d]|‖_F²; that much is carried back through every root. With many
+    channels it adds up, and the kernels grow to 2^t (k - 1) + 1 taps an axis: for those take a grid.
 
     Args:
       kernels: ``(batch, *spatial, c_in, c_out)``.
@@ -117,8 +116,3 @@ def convolutional_bound(kernels: Array, iterations: int) -> Array:
         value = round_up(jnp.where(positive, jnp.sqrt(jnp.where(positive, inside, 1)), 0), 8)
     value = round_up(value * first, 2) + flushed
     return jnp.where(finite, value, jnp.nan)
-
-
-def gap(rank: int, iterations: int) -> float:
-    """By how much `schatten_bound` can exceed the norm of a matrix of this rank: rank^(2^-(t+1))."""
-    return float(np.exp2(np.log2(max(rank, 1)) / 2 ** (iterations + 1)))

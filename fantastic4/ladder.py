@@ -21,6 +21,7 @@ from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, round_up
+from fantastic4.symbol import half_grid
 
 POWERS = (0.0, 0.5, 0.75)
 """Exponents of the tap weights of the sound weighted bound; 0 is the four bounds."""
@@ -56,7 +57,7 @@ def weighted(kernels: Array) -> Array:
 
 
 def hybrid(kernels: Array, points: int | None) -> Array:
-    """The smallest over the axes of: this axis on a grid of ``points``, the others unfolded; 2k + 2 points by default."""
+    """The smallest over the axes of: this axis on a grid of ``points`` (2k + 2), the others unfolded."""
     spatial = kernels.shape[1:-2]
     axes = [a for a, k in enumerate(spatial) if k > 1] or [0]
     tops = []
@@ -147,7 +148,7 @@ def init(
     if method == "grid":
         sizes = _grid_sizes(kernels.shape[1:-2], points)
         frequency.grid_factor(kernels.shape[1:-2], sizes)
-        inner = frequency.start(key, kernels, sizes)
+        inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
         inner = unfolding.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
     iterate = _iterate(kernels, method, points)
@@ -157,7 +158,8 @@ def init(
 def _iterate(kernels: Array, method: str, points: int | None) -> Callable[[Any], tuple[Any, Any]]:
     """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
     if method == "grid":
-        return lambda s: frequency.power_step(kernels, s, _grid_sizes(kernels.shape[1:-2], points))
+        sizes = _grid_sizes(kernels.shape[1:-2], points)
+        return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
     if method == "four":
         return lambda s: unfolding.power_step(kernels, s)
     scaling = unfolding.weights(kernels, TRAINING_POWERS)
@@ -184,8 +186,8 @@ def step(
       iterations: at least 1.
 
     Returns:
-      A scalar whose gradient is that of the singular value which is largest, or of the unfolding which is smallest, with
-      constant vectors; and the new state.
+      A scalar, whose gradient is that of the one singular value that it is, with constant vectors; and the new
+      state.
 
     Raises:
       ValueError: a state that belongs to another kernel.
@@ -205,7 +207,7 @@ def step(
     constant = lax.stop_gradient(kernels)
     if state.method == "grid":
         sizes = _grid_sizes(spatial, state.points)
-        wanted = jax.eval_shape(lambda: frequency.start(jax.random.key(0), kernels, sizes))
+        wanted = jax.eval_shape(lambda: frequency.start(jax.random.key(0), kernels, len(half_grid(sizes))))
     else:
         repeats = len(TRAINING_POWERS) if state.method == "weighted" else 1
         wanted = jax.eval_shape(lambda: unfolding.start(jax.random.key(0), kernels, repeats))

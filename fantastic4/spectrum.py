@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fantastic4.border import frequency_grid
-from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
+from fantastic4.border import check_circular, frequency_grid
+from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, all_finite, krylov_top, real_array, with_pairs
 from fantastic4.rounding import power_of_two
@@ -60,18 +60,7 @@ def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _C
     """The canonical kernels and the frequencies of a circular layer."""
     kernel = real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
-    shape = check_input_shape(input_shape, layer)
-    if spec.padding != "CIRCULAR":
-        raise ValueError(
-            f"the spectrum is exact for CIRCULAR padding, got {spec.padding!r}, whose norm may be larger: "
-            "ask for dataclasses.replace(spec, padding='CIRCULAR'), or bound this layer with fantastic4.four_bounds"
-        )
-    if not spec.transposed and any(n % s for n, s in zip(shape, layer.strides, strict=True)):
-        nearest = tuple(max(1, round(n / s)) * s for n, s in zip(shape, layer.strides, strict=True))
-        raise ValueError(
-            f"strides {layer.strides} must divide input_shape {shape}, or the rows wrap onto other phases "
-            f"and no symbol exists: the nearest size is {nearest}"
-        )
+    shape = check_circular(input_shape, layer, spec)
     grid = frequency_grid(layer, spec, shape)
     outputs = tuple(n * s for n, s in zip(shape, layer.strides, strict=True)) if spec.transposed else grid.sizes
     count = min(math.prod(shape) * layer.c_in, math.prod(outputs) * layer.c_out)
@@ -242,3 +231,45 @@ def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIR
     value = jnp.stack([largest, jnp.zeros_like(largest)])
     spread = jnp.broadcast_to(outputs, (batch, *outputs.shape))
     return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread)) * scale
+
+
+class SymbolVectors(NamedTuple):
+    """F(ω) = left · diag(values) · rightᴴ at one frequency of every pair ω, -ω.
+
+    Attributes:
+      frequencies: ``(count, rank)``, f with ω = 2πf/N.
+      left: ``(count, groups, c_in, r)``, complex; phases of a strided layer count as input channels.
+      values: ``(count, groups, r)``, descending.
+      right: ``(count, groups, c_out, r)``.
+    """
+
+    frequencies: Array
+    left: Array
+    values: Array
+    right: Array
+
+
+@entry(input_shape=sizes)
+def singular_vectors(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> SymbolVectors:
+    """The singular value decompositions of a circular layer's symbol, half of the grid.
+
+    For unit stride and dilation, the input x[j] = e^{iω·j} conj(left) is mapped to value · e^{iω·j} conj(right), up to
+    the shift by which the layer is centred; its real and imaginary part are real singular vectors.
+
+    Args:
+      kernel: ``(*spatial, c_in // groups, c_out)``.
+      input_shape: spatial size of the input, static.
+      spec: its padding must be ``"CIRCULAR"``, and its strides divide the input.
+
+    Returns:
+      `SymbolVectors`; of a transposed layer, those of the convolution that it transposes.
+
+    Raises:
+      ValueError: what `singular_values` refuses.
+    """
+    layer = _circular(kernel, input_shape, spec)
+    left, values, right = jnp.linalg.svd(
+        symbols(layer.kernels, jnp.asarray(layer.grid.points), layer.grid.sizes), full_matrices=False
+    )
+    right = jnp.swapaxes(right, -1, -2).conj()
+    return SymbolVectors(jnp.asarray(layer.grid.points), left, values * layer.scale, right)

@@ -73,11 +73,13 @@ class Grid(NamedTuple):
 
     Attributes:
       sizes: frequencies per axis, N; frequency f stands for ω = 2πf/N.
+      spacing: d an axis: the points are the d·f of all f.
       points: ``(classes, rank)``, one frequency a class.
       of: ``(Π sizes,)``, the class of every frequency.
     """
 
     sizes: tuple[int, ...]
+    spacing: tuple[int, ...]
     points: np.ndarray
     of: np.ndarray
 
@@ -89,7 +91,7 @@ def grid(sizes: tuple[int, ...], dilation: tuple[int, ...]) -> Grid:
     f = np.indices(sizes).reshape(len(sizes), -1).T * np.array(dilation) % n
     key = np.minimum(np.ravel_multi_index(f.T, sizes), np.ravel_multi_index((-f % n).T, sizes))
     classes, of = np.unique(key, return_inverse=True)
-    return Grid(sizes, np.stack(np.unravel_index(classes, sizes), -1).astype(np.int32), of.ravel())
+    return Grid(sizes, dilation, np.stack(np.unravel_index(classes, sizes), -1).astype(np.int32), of.ravel())
 
 
 class Gram(NamedTuple):

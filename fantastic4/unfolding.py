@@ -86,9 +86,8 @@ def _sharing(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Sharing, _Sharin
 
     def sharing(owned: list[Axes]) -> _Sharing:
         same = [np.all(grid[list(axes), :, None] == grid[list(axes), None, :], axis=0) for axes in owned]
-        return _Sharing(
-            np.array(same * repeats, np.float32), np.array([s[0].sum() for s in same] * repeats, np.float32)
-        )
+        readers = [s[0].sum() for s in same]
+        return _Sharing(np.array(same * repeats, np.float32), np.array(readers * repeats, np.float32))
 
     outputs = distinct(taps)[0]
     return sharing(list(outputs)), sharing([others(taps, axes) for axes in outputs])
@@ -281,7 +280,7 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
     values, inputs, outputs = [], [], []
     for m in range(len(kinds) if scaling is None else scaling.taps.shape[-1]):
         axes = kinds[m % len(kinds)]
-        scaled, tap = kernels, 1
+        scaled, tap = kernels, jnp.ones((), kernels.dtype)
         if scaling is not None:
             tap = scaling.taps[..., m, None]
             scaled = kernels * scaling.taps[..., m].reshape(batch, *spatial, 1, 1)
