@@ -8,29 +8,19 @@ and OPENBLAS_L2_SIZE, which some machines set.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import fantastic4 as f4
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import harness
+from benchmarks.harness import interleaved
 
 
 def resnet18_shapes() -> list[tuple[int, ...]]:
@@ -103,22 +93,6 @@ def four_matrices(kernels: list[jax.Array], states: list[list[jax.Array]]) -> An
     return total, new
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; a round times each after three untimed calls of its own.
-
-    Three, because for about ten milliseconds after a call that frees much memory everything is slower.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            for _ in range(3):
-                jax.block_until_ready(call())
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: float(np.median(t)) for name, t in times.items()}
-
-
 def step_cost(rounds: int) -> dict[str, Any]:
     """Value and gradient of the sum over ResNet-18's 20 kernels."""
     kernels = resnet18()
@@ -172,55 +146,8 @@ def spectrum_cost(rounds: int) -> dict[str, Any]:
     return result
 
 
-def in_clean_process(part: str, rounds: int) -> dict[str, Any]:
-    """Run a part where NumPy's BLAS chooses its own kernel."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    command = [sys.executable, "-m", "benchmarks.core", "--part", part, "--rounds", str(rounds)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {"fantastic4": f4.__version__, "jax": jax.__version__, "numpy": np.__version__},
-    }
-
-
 PARTS = {"step": step_cost, "spectrum": spectrum_cost}
 
 
-def main() -> None:
-    """Measure, print, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=sorted(PARTS), help="one part only, as JSON on standard output")
-    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default %(default)s)")
-    options = parser.parse_args()
-    if options.part:
-        print(json.dumps(PARTS[options.part](options.rounds)))
-        return
-    figures = {"machine": machine()} | {part: in_clean_process(part, options.rounds) for part in PARTS}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"core-{jax.default_backend()}.json"
-    target.write_text(json.dumps(figures, indent=2) + "\n")
-    table = Table("figure", "value", title=figures["machine"]["cpu"])
-    for part in PARTS:
-        for name, value in figures[part].items():
-            table.add_row(name, f"{value:.3g}", style="bold" if name.startswith("ratio") else None)
-        table.add_section()
-    Console().print(table)
-
-
 if __name__ == "__main__":
-    main()
+    harness.main("core", PARTS, __doc__)

@@ -50,7 +50,7 @@ def _schatten_jvp(iterations, primals, tangents):
     product = power
     for _ in range(iterations - 1):
         power = normalise(times(power, power))
-        product = times(product, power) / jnp.trace(power @ power)
+        product = normalise(times(product, power))
     gradient = times(tall, product)
     size = jnp.sum(gradient * tall)
     gradient = gradient / jnp.where(size > 0, size, 1) * inverse  # Euler: <gradient, M> is the value

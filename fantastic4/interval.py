@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 
 def norm_interval(
-    kernel: Array,
+    kernel: Array | np.ndarray,
     spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
     rtol: float = 1e-3,
     *,

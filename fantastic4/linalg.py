@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 HIGHEST = lax.Precision.HIGHEST
 """On a GPU or TPU the default for float32 is a product with 8 to 11 bits: no bound survives that."""
 
 
-def real_array(x: Array, name: str) -> Array:
+def real_array(x: Array | np.ndarray, name: str) -> Array:
     """``x`` as an array of float32 or wider; half precision is widened to float32, exactly.
 
     Raises:

@@ -268,9 +268,37 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
     Returns:
       `Pairs`; ``values`` are never below the norms (`fantastic4.dense.certified_norm`).
     """
+    spatial, c_out = kernels.shape[1:-2], kernels.shape[-1]
+    kinds = distinct(spatial)[0]
+    if scaling is None:
+        return _certified(kernels, [kernels] * len(kinds))
+    # The sets of weights of one unfolding go side by side: one program for all of them.
+    sets, batch = scaling.taps.shape[-1] // len(kinds), len(kernels)
+    taps = scaling.taps.reshape(batch, -1, sets, len(kinds))
+    taps = jnp.moveaxis(taps, 2, 0)  # (sets, batch, taps, kinds)
+    scaled = [
+        (kernels * taps[..., m].reshape(sets, batch, *spatial, 1, 1)).reshape(-1, *kernels.shape[1:])
+        for m in range(len(kinds))
+    ]
+    pairs = _certified(scaled[0], scaled)
+    # A scaled entry is off by two roundings: the weight's product and its own.
+    size = jnp.stack([jax.vmap(lambda k: frobenius_bound(k.reshape(-1, c_out)))(k) for k in scaled], 1)
+    lost = constant_up(2.1 * unit_roundoff(kernels.dtype), kernels.dtype) * size
+    values = round_up(pairs.values + lost, 4)
+    inputs = pairs.inputs * taps.reshape(-1, *taps.shape[2:])[..., None]
+
+    def beside(x: Array, axis: int) -> Array:
+        """``(sets · batch, …, kinds, …)`` -> ``(batch, …, sets · kinds, …)``."""
+        split = jnp.moveaxis(x.reshape(sets, batch, *x.shape[1:]), 0, axis)
+        return split.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
+
+    return Pairs(beside(values, 1), beside(inputs, 2), beside(pairs.outputs, 2))
+
+
+def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
+    """`certified_norm` of each distinct unfolding, of its own array of the shape of ``kernels``."""
     batch, *spatial, c_in, c_out = kernels.shape
     taps = math.prod(spatial)
-    kinds = distinct(tuple(spatial))[0]
 
     def spread(vector: Array, owned: Sequence[int], channels: int) -> Array:
         shape = [k if a in owned else 1 for a, k in enumerate(spatial)]
@@ -278,18 +306,9 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
         return full.reshape(batch, taps, channels)
 
     values, inputs, outputs = [], [], []
-    for m in range(len(kinds) if scaling is None else scaling.taps.shape[-1]):
-        axes = kinds[m % len(kinds)]
-        scaled, tap = kernels, jnp.ones((), kernels.dtype)
-        if scaling is not None:
-            tap = scaling.taps[..., m, None]
-            scaled = kernels * scaling.taps[..., m].reshape(batch, *spatial, 1, 1)
-        bound, left, right = jax.vmap(certified_norm)(unfold(scaled, axes))
-        if scaling is not None:
-            # A scaled entry is off by two roundings: the weight's product and its own.
-            size = jax.vmap(lambda k: frobenius_bound(k.reshape(-1, c_out)))(scaled)
-            bound = round_up(bound + constant_up(2.1 * unit_roundoff(bound.dtype), bound.dtype) * size, 4)
+    for axes, array in zip(distinct(tuple(spatial))[0], matrices_of, strict=True):
+        bound, left, right = jax.vmap(certified_norm)(unfold(array, axes))
         values.append(bound)
-        inputs.append(tap * spread(right, others(tuple(spatial), axes), c_in))
+        inputs.append(spread(right, others(tuple(spatial), axes), c_in))
         outputs.append(spread(left, axes, c_out))
     return Pairs(jnp.stack(values, 1), jnp.stack(inputs, 2), jnp.stack(outputs, 2))

@@ -1,0 +1,92 @@
+"""What every benchmark shares: fair timing, a clean process for each part, a record of the machine, a table."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fantastic4 as f4
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each; a round times each after three untimed calls of its own.
+
+    Three, because for about ten milliseconds after a call that frees much memory everything is slower.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(3):
+                jax.block_until_ready(call())
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def in_clean_process(name: str, part: str, rounds: int) -> dict[str, Any]:
+    """Run a part where NumPy's BLAS chooses its own kernel."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--part", part, "--rounds", str(rounds)]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {"fantastic4": f4.__version__, "jax": jax.__version__, "numpy": np.__version__},
+    }
+
+
+def main(name: str, parts: Mapping[str, Callable[[int], dict[str, Any]]], description: str | None) -> None:
+    """Measure every part in a process of its own, print a table, store ``results/NAME-BACKEND.json``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=sorted(parts), help="one part only, as JSON on standard output")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default %(default)s)")
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(parts[options.part](options.rounds)))
+        return
+    console = Console()
+    figures: dict[str, Any] = {"machine": machine()}
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}-{jax.default_backend()}.json"
+    table = Table("figure", "value", title=figures["machine"]["cpu"])
+    for part in parts:
+        with console.status(f"{name}: measuring {part} …"):
+            figures[part] = in_clean_process(name, part, options.rounds)
+        target.write_text(json.dumps(figures, indent=2) + "\n")  # after each part, so that nothing is lost
+        for label, value in figures[part].items():
+            if isinstance(value, int | float):
+                table.add_row(label, f"{value:.3g}", style="bold" if label.startswith("ratio") else None)
+        table.add_section()
+    console.print(table)
+    console.print(f"stored in {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}")

@@ -1,0 +1,239 @@
+"""Cases × methods × claims: every sound method is never below, as tight as promised; every step follows it."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import fantastic4 as f4
+from fantastic4 import frequency, gram, ladder, unfolding
+from fantastic4.bounds import METHODS
+
+SOME = ["same", "circular-small", "reflect-small", "edge-one", "stride", "groups-stride", "transposed-stride",
+        "1d-causal", "3d"]  # fmt: skip
+PLAIN = {"square": (3, 3, 4, 6), "even": (2, 4, 5, 3), "1d": (5, 3, 3), "3d": (2, 3, 2, 2, 2)}
+
+
+def sup(kernel):
+    """The norm on the infinite grid from below, by a fine circular grid in float64."""
+    taps = np.shape(kernel)[:-2]
+    fine = tuple(48 if k > 1 else 1 for k in taps) if len(taps) < 3 else tuple(10 * k for k in taps)
+    return float(oracle.circular_values(kernel, fine)[0])
+
+
+def worst_gap(method, shape):
+    """By how much a method may exceed the supremum at most, whatever the kernel; 1 % for the coarseness of `sup`."""
+    taps = shape[:-2]
+    root = float(np.sqrt(np.prod(taps)))
+    rank = min(shape[-2:]) * np.prod(taps)
+    gaps = {
+        "four": root,
+        "weighted": root,
+        "grid": frequency.grid_factor(taps, tuple(3 * k if k > 1 else 1 for k in taps)),
+        "hybrid": root,
+        "gram": root * rank ** (2.0**-6),
+        "gram_conv": (min(shape[-2:]) * np.prod([8 * (k - 1) + 1 for k in taps])) ** (2.0**-3),
+    }
+    return 1.02 * gaps[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SOME)
+def test_never_below_the_layer(name, method):
+    shape, size, spec = cases.LAYERS[name]
+    for kind in cases.KINDS:
+        kernel = cases.kernel(name, kind)
+        truth = oracle.norm(oracle.dense(kernel, size, **spec))
+        value = float(f4.bound(kernel, f4.ConvSpec(**spec), method=method))
+        assert value >= truth, f"{kind}: {value!r} < {truth!r}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_as_tight_as_promised_and_differentiable(name, method):
+    rng = np.random.default_rng(0)
+    value_and_grad = jax.jit(jax.value_and_grad(lambda k: f4.bound(k, method=method)))
+    for kind in cases.KINDS:
+        kernel = cases.draw(rng, PLAIN[name], kind)
+        truth = sup(kernel)
+        value, gradient = value_and_grad(jnp.asarray(kernel))
+        assert truth <= value <= truth * worst_gap(method, PLAIN[name])
+        # Every bound is homogeneous of degree one, so <gradient, kernel> is its value (Euler).
+        np.testing.assert_allclose(float(jnp.vdot(gradient, kernel)), value, rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_is_that_of_finite_differences(method):
+    kernel = jnp.asarray(cases.draw(np.random.default_rng(5), (3, 2, 3, 4), "normal"))
+    direction = jnp.asarray(cases.draw(np.random.default_rng(6), (3, 2, 3, 4), "normal"))
+    f = lambda k: f4.bound(k, method=method)
+    _, slope = jax.jit(lambda k, d: jax.jvp(f, (k,), (d,)))(kernel, direction)
+    reverse = jnp.vdot(jax.jit(jax.grad(f))(kernel), direction)
+    np.testing.assert_allclose(slope, reverse, rtol=1e-4, atol=1e-4)
+    if method == "weighted":
+        return  # its weights are constants in the gradient, and move with the kernel
+    h = 1e-2
+    numeric = (float(f(kernel + h * direction)) - float(f(kernel - h * direction))) / (2 * h)
+    np.testing.assert_allclose(slope, numeric, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_weighted_is_never_above_the_four(name):
+    spec = f4.ConvSpec(**cases.LAYERS[name][2])
+    for kind in cases.KINDS:
+        kernel = cases.kernel(name, kind)
+        assert float(f4.bound(kernel, spec, method="weighted")) <= float(f4.bound(kernel, spec)) * (1 + 2e-5)
+
+
+def test_weighted_is_below_the_triangle_bound_and_exact_for_one_tap():
+    kernel = cases.draw(np.random.default_rng(0), (3, 3, 4, 4), "uneven")
+    triangle = sum(oracle.norm(tap) for tap in kernel.reshape(9, 4, 4))
+    assert float(f4.bound(kernel, method="weighted")) <= triangle
+    tap = cases.draw(np.random.default_rng(0), (3, 3, 4, 4), "one-tap")
+    np.testing.assert_allclose(float(f4.bound(tap, method="weighted")), sup(tap), rtol=1e-3)
+    assert float(f4.bound(tap)) > 2.9 * sup(tap)
+
+
+def test_any_weights_are_sound():
+    """The theorem, not only the weights that we choose: random ones, over ten orders of magnitude."""
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(cases.draw(rng, (2, 3, 3, 2), "normal"))[None]
+    truth = sup(kernels[0])
+    certified = jax.jit(unfolding.certified_pairs)
+    for spread in (0.1, 1, 5):
+        for index, axes in enumerate(unfolding.distinct((2, 3))[0]):
+            rest = unfolding.others((2, 3), axes)
+            a = np.exp(spread * rng.standard_normal([k if i in axes else 1 for i, k in enumerate((2, 3))]))
+            b = np.exp(spread * rng.standard_normal([k if i in rest else 1 for i, k in enumerate((2, 3))]))
+            taps = np.ones((1, 6, 4), np.float32)
+            taps[0, :, index] = (a * b).ravel()
+            scaling = unfolding.Weights(jnp.asarray(taps), jnp.ones((1, 4)))
+            value = float(certified(kernels, scaling).values[0, index])
+            factor = np.sqrt((1 / a**2).sum() * (1 / b**2).sum())
+            assert value * factor * (1 + 1e-6) >= truth
+
+
+@pytest.mark.parametrize(("taps", "size", "factor"), [((3, 3), 6, 1.3334), ((3, 3), 8, 1.1717), ((7, 7), 8, 4.0)])
+def test_grid_factor(taps, size, factor):
+    """The published ones: 1.333 and 1.172; for seven taps on eight points the older one, 4, is smaller than 6.8."""
+    np.testing.assert_allclose(frequency.grid_factor(taps, (size, size)), factor, rtol=1e-3)
+
+
+def test_the_grid_factor_is_needed():
+    """A maximum halfway between the points: without the factor the number would lie below the truth."""
+    kernel = np.zeros((2, 1, 1), np.float32)
+    kernel[0], kernel[1] = 1, -1  # |F| = 2 |sin(ω/2)|, largest at π, which an odd grid misses
+    for points in (3, 5):
+        top = 2 * np.sin(np.pi * (points - 1) / (2 * points))
+        value = float(f4.bound(kernel, method="grid", points=points))
+        assert top < 2 <= value < 2.001 * frequency.grid_factor((2,), (points,))
+        np.testing.assert_allclose(value, top * frequency.grid_factor((2,), (points,)), rtol=1e-3)
+
+
+def test_more_points_are_tighter():
+    kernel = cases.draw(np.random.default_rng(1), (3, 3, 4, 4), "normal")
+    truth = sup(kernel)
+    gaps = [float(f4.bound(kernel, method="grid", points=n)) / truth for n in (3, 6, 8, 16, 32)]
+    assert gaps[-1] < 1.011
+    assert all(
+        gap <= 1.001 * frequency.grid_factor((3, 3), (n, n)) for gap, n in zip(gaps, (3, 6, 8, 16, 32), strict=True)
+    )
+
+
+def test_schatten_norms_fall_to_the_norm():
+    matrix = (
+        cases.draw(np.random.default_rng(2), (12, 30), "normal")
+        if False
+        else np.random.default_rng(2).standard_normal((12, 30))
+    )
+    matrix = jnp.asarray(matrix, jnp.float32)
+    values = np.linalg.svd(np.asarray(matrix, float), compute_uv=False)
+    for t in (1, 2, 3, 5, 8):
+        order = 2 ** (t + 1)
+        exact = values[0] * ((values / values[0]) ** order).sum() ** (1 / order)
+        bound = float(gram.schatten_bound(matrix, t))
+        assert exact <= bound <= 1.001 * exact
+        gradient = np.asarray(jax.grad(lambda m, t=t: gram.schatten_bound(m, t))(matrix))
+        u, s, v = np.linalg.svd(np.asarray(matrix, float), full_matrices=False)
+        np.testing.assert_allclose(gradient, u * (s / exact) ** (order - 1) @ v, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales_and_zero(method, scale):
+    kernel = cases.draw(np.random.default_rng(0), (3, 3, 2, 3), "normal")
+    f = lambda k: f4.bound(k, method=method)
+    value_and_grad = jax.jit(jax.value_and_grad(f))
+    value, gradient = value_and_grad(jnp.asarray(kernel * np.float32(scale)))
+    assert sup(kernel.astype(float)) * float(np.float32(scale)) * (1 - 1e-6) <= value
+    assert value <= 3.1 * sup(kernel) * scale
+    assert np.isfinite(gradient).all()
+    value, gradient = value_and_grad(jnp.zeros((3, 3, 2, 3)))
+    assert value == 0
+    assert np.isfinite(gradient).all()
+    for bad in (jnp.nan, jnp.inf):
+        assert np.isnan(f(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad)))
+
+
+@pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
+@pytest.mark.parametrize("name", ["same", "stride", "groups", "1d"])
+def test_a_step_converges_to_its_bound(name, method):
+    spec = f4.ConvSpec(**cases.LAYERS[name][2])
+    kernel = jnp.asarray(cases.kernel(name))
+    state = ladder.init(kernel, spec, key=jax.random.key(1), method=method, warmup=0)
+    low, state = ladder.step(kernel, state, spec)
+    for _ in range(6):
+        value, state = ladder.step(kernel, state, spec, iterations=20)
+    sound = float(f4.bound(kernel, spec, method=method))
+    # The sound weighted bound has one set of weights more.
+    assert 0.995 * sound <= value <= sound * (1.05 if method == "weighted" else 1)
+    assert low <= value * 1.0001
+    gradient = jax.grad(lambda k: ladder.step(k, state, spec)[0])(kernel)
+    np.testing.assert_allclose(float(jnp.vdot(gradient, kernel)), value, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
+def test_a_step_under_the_transformations(method):
+    kernels = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 3, 2, 4)), jnp.float32)
+    init = lambda k: ladder.init(k, key=jax.random.key(0), method=method)
+    states = jax.vmap(init)(kernels)
+    together, _ = jax.vmap(ladder.step)(kernels, states)
+    one = [ladder.step(k, init(k))[0] for k in kernels]
+    np.testing.assert_allclose(together, jnp.stack(one), rtol=1e-5)
+
+    def body(state, _):
+        value, state = ladder.step(kernels[0], state)
+        return state, value
+
+    final, values = jax.lax.scan(body, init(kernels[0]), None, length=4)
+    assert (np.diff(values) > -1e-5).all()
+    gradient = jax.grad(lambda s: ladder.step(kernels[0], s)[0])(init(kernels[0]))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    zero = jnp.zeros((3, 3, 2, 4))
+    value, state = ladder.step(zero, final)
+    assert value == 0
+    assert jax.tree.all(jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), state))
+    assert np.isfinite(jax.grad(lambda k: ladder.step(k, final)[0])(zero)).all()
+
+
+def test_a_grid_step_copies_no_kernel():
+    """Temporaries of a step on eight points: the columns in flight, not the kernel."""
+    kernel = jnp.ones((3, 3, 128, 256))
+    state = ladder.init(kernel, key=jax.random.key(0), points=8, warmup=0)
+    compiled = jax.jit(jax.grad(lambda k, s: ladder.step(k, s)[0])).lower(kernel, state).compile()
+    columns = 2 * len(state.inner.vectors[0])
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * kernel.nbytes * columns / 256
+
+
+def test_products_in_bounds_have_full_precision():
+    """A CPU cannot show what TF32 does to a bound: every product in the program must ask for the highest."""
+    kernel = jnp.ones((3, 3, 2, 4))
+    for method in METHODS:
+        program = str(
+            jax.make_jaxpr(lambda k, m=method: jax.value_and_grad(lambda k: f4.bound(k, method=m))(k))(kernel)
+        )
+        dots = program.count("dot_general[") + program.count("conv_general_dilated[")
+        assert dots > 0
+        assert program.count("Precision.HIGHEST") >= 2 * dots, method
