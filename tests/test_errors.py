@@ -11,6 +11,7 @@ import fantastic4 as f4
 from fantastic4 import jacobian
 
 K = np.ones((3, 3, 2, 4), np.float32)
+KEY = jax.random.key(0)
 CIRCULAR = f4.ConvSpec(padding="CIRCULAR")
 
 
@@ -68,6 +69,31 @@ CASES = {
     "input dilation": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3, 3), input_dilation=2)), "write it as ConvTranspose"),
     "an injected convolution": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3,), conv_general_dilated=lambda *a, **k: None)), "its own conv_general_dilated"),
     "an injected convolution of NNX": (lambda: f4.ConvSpec.from_layer(nnx.Conv(2, 3, (3,), conv_general_dilated=print, rngs=nnx.Rngs(0))), "its own conv_general_dilated"),
+    "unknown ladder method": (lambda: f4.ladder.init(K, key=KEY, method="gram"), "unknown method 'gram': choose one of four, weighted, grid"),
+    "a grid too coarse": (lambda: f4.bound(K, method="grid", points=2), r"a grid of \(2, 2\) points is too coarse for \(3, 3\) taps: .* as taps, \(3, 3\)"),
+    "a training grid too coarse": (lambda: f4.ladder.init(K, key=KEY, points=2), "too coarse"),
+    "a hybrid grid too coarse": (lambda: f4.bound(K, method="hybrid", points=1), "too coarse for .* taps"),
+    "half a point": (lambda: f4.bound(K, method="grid", points=6.5), "points must be an int, got 6.5"),
+    "points of no grid": (lambda: f4.bound(K, points=6), "points belong to the methods 'grid' and 'hybrid', not to 'four'"),
+    "points in training": (lambda: f4.ladder.init(K, key=KEY, method="four", points=6), "points belong to method 'grid', not to 'four'"),
+    "iterations of no Gram": (lambda: f4.bound(K, method="grid", iterations=6), "iterations belong to the methods 'gram'"),
+    "no Gram iterations": (lambda: f4.bound(K, method="gram", iterations=0), "iterations must be at least 1, got 0"),
+    "another ladder state": (lambda: f4.ladder.step(np.ones((5, 5, 2, 4), np.float32), f4.ladder.init(K, key=KEY)), "this state belongs to another kernel .*ladder.init"),
+    "a power state on the ladder": (lambda: f4.ladder.step(K, state(K)), "state must be a LadderState from ladder.init"),
+    "a traced interval": (lambda: jax.jit(lambda k: f4.norm_interval(k).upper)(K), "norm_interval is a host function .* inside jit use fantastic4.bound"),
+    "rtol of zero": (lambda: f4.norm_interval(K, rtol=0.0), "rtol must be a positive number, got 0.0"),
+    "rtol too small": (lambda: f4.norm_interval(K, rtol=1e-15), "rtol 1e-15 is below what float64 can certify .* the least is"),
+    "no tests": (lambda: f4.norm_interval(K, max_tests=0), "max_tests must be at least 1, got 0"),
+    "interval of integers": (lambda: f4.norm_interval(np.ones((3, 3, 2, 4), int)), "kernel must have a real floating dtype"),
+    "interval at size 0": (lambda: f4.norm_interval(K, input_shape=(0, 4)), "entries of at least 1"),
+    "interval at a wrong rank": (lambda: f4.norm_interval(K, input_shape=(4,)), r"input_shape \(4,\) must have 2 entries"),
+    "clipping zero padding": (lambda: f4.clip_singular_values(K, (4, 4), 1.0, f4.ConvSpec()), "exact for CIRCULAR padding"),
+    "clipping to a word": (lambda: f4.clip_singular_values(K, (4, 4), "one"), "maximum must be a number or a scalar array, got 'one'"),
+    "clipping without cropping, dilated": (lambda: f4.clip_singular_values(K, (4, 4), 1.0, f4.ConvSpec(padding="CIRCULAR", dilation=2), crop=False), "crop=False is for convolutions without dilation"),
+    "another layer's Ryu state": (lambda: f4.heuristics.ryu_step(K, state(K)), "state must be a RyuState from ryu_init"),
+    "another layer's Sedghi state": (lambda: f4.heuristics.sedghi_step(K, f4.heuristics.sedghi_init(K, (4, 4), key=KEY), (6, 6)), "this state belongs to another layer"),
+    "Sedghi of zero padding": (lambda: f4.estimate_sedghi(K, (4, 4), f4.ConvSpec(), key=KEY), "exact for CIRCULAR padding"),
+    "vectors of zero padding": (lambda: f4.singular_vectors(K, (4, 4), f4.ConvSpec()), "exact for CIRCULAR padding"),
 }  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import fantastic4 as f4
+from fantastic4.bounds import METHODS
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))
 CASES = int(os.environ.get("FUZZ_CASES", 10_000))
 CHEAP = ["same", "valid", "circular-even", "reflect", "reflect-small", "edge", "stride", "stride-circular-wrapping",
          "dilation-stride-coprime", "groups", "transposed-stride", "1d-causal-stride", "3d"]  # fmt: skip
 
+FEW = ["same", "reflect-small", "edge", "stride", "groups", "1d-causal-stride", "3d"]
 PLAIN = ["same", "valid", "circular-even", "one-tap", "row", "3d"]
 
 
@@ -44,12 +46,16 @@ def draw(layer):
     return (kernel * scale).astype(np.float32), size, spec
 
 
-def check_bounds(layer):
-    kernel, size, spec = draw(layer)
-    # The layer is linear: its matrix is made at scale 1, where no product of the convolution vanishes.
+def truth_of(kernel, size, spec):
+    """The layer is linear: its matrix is made at scale 1, where no product of the convolution vanishes."""
     largest = float(np.abs(kernel).max()) or 1.0
     exponent = np.exp2(np.floor(np.log2(largest)))
-    truth = oracle.norm(oracle.dense((kernel / exponent).astype(np.float32), size, **spec)) * exponent
+    return oracle.norm(oracle.dense((kernel / exponent).astype(np.float32), size, **spec)) * exponent
+
+
+def check_bounds(layer):
+    kernel, size, spec = draw(layer)
+    truth = truth_of(kernel, size, spec)
     four = f4.four_bounds(kernel, f4.ConvSpec(**spec))
     assert (np.asarray(four.values, np.float64) >= truth).all(), (np.asarray(four.values), truth)
     assert (truth == 0) or np.isfinite(four.values).all()
@@ -73,7 +79,34 @@ def check_step(layer):
     assert (np.asarray(again.values) >= np.asarray(four.values) * (1 - 1e-4)).all()  # power iteration climbs
 
 
-LAWS = [(check_bounds, CHEAP, 300), (check_unfoldings, PLAIN, 300), (check_step, CHEAP, 200)]
+def check_ladder(layer):
+    kernel, size, spec = draw(layer)
+    truth = truth_of(kernel, size, spec)
+    values = {m: float(f4.bound(kernel, f4.ConvSpec(**spec), method=m)) for m in METHODS}
+    assert all(value >= truth for value in values.values()), (values, truth)
+    assert values["weighted"] <= values["four"] * (1 + 2e-5)
+
+
+def check_interval(layer):
+    """The oracle's convolution is float32, good to 3e-7; the interval is narrower than that."""
+    kernel, size, spec = draw(layer)
+    truth = truth_of(kernel, size, spec)
+    own = f4.norm_interval(kernel, f4.ConvSpec(**spec), 1e-4, input_shape=size)
+    assert own.lower <= truth * (1 + 3e-7)
+    assert own.upper >= truth * (1 - 3e-7)
+    every = f4.norm_interval(kernel, f4.ConvSpec(**spec), 1e-3)
+    assert every.lower <= every.upper
+    assert every.upper >= own.lower
+    assert every.upper <= float(f4.four_bounds(kernel, f4.ConvSpec(**spec)).min()) * (1 + 1e-3)
+
+
+LAWS = [
+    (check_ladder, FEW, 150),
+    (check_interval, FEW, 150),
+    (check_bounds, CHEAP, 300),
+    (check_unfoldings, PLAIN, 300),
+    (check_step, CHEAP, 200),
+]
 
 
 def hunt(check, names, count, **options):
