@@ -23,6 +23,8 @@ data: .venv/demo
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.core
+	$(BIN)/python -m benchmarks.norms
+	$(BIN)/python -m benchmarks.report
 
 # A long hunt for a bound below the truth: FUZZ_CASES random layers, FUZZ_SEED to repeat one.
 fuzz: .venv/test

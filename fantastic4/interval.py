@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -58,10 +59,10 @@ def norm_interval(
     √2 or √(1+p) an axis, and a circular layer whose strides need not divide the input has the un-strided kernel's:
     there the ends stay apart, and ``reached`` says so.
 
-    **With** ``input_shape``: the norm of that very operator. Small ones (a matrix with a side of at most 768)
-    and circular ones (strides that divide) are found to ``rtol``. For others the lower end comes from Lanczos
-    iterations on the operator, the upper end is the smallest of what its circular stand-ins allow
-    (`fantastic4.border.covers`): for zero padding the norm at a slightly larger period.
+    **With** ``input_shape``: the norm of that very operator. Small ones (a matrix with a side of at most 768) are
+    found to ``rtol``, and circular ones whose strides divide the input and that have at most 4,096 frequencies. For
+    others the lower end comes from Lanczos iterations on the operator, the upper end is the smallest of what its
+    circular stand-ins allow (`fantastic4.border.covers`): for zero padding the norm at a slightly larger period.
 
     All arithmetic is float64, whatever the kernel's dtype; the kernel is taken as it is held. A host function
     around compiled pieces, since the work depends on the values: it cannot be traced. A 3×3×64×64 kernel takes
@@ -72,7 +73,8 @@ def norm_interval(
       spec: the layer's `ConvSpec`.
       rtol: wanted upper / lower - 1, positive.
       input_shape: spatial size of the input.
-      max_tests: frequencies to test at most; past that, the ends reached so far, opened until both hold.
+      max_tests: frequencies to test, apart from the coarsest grid; past that, the ends reached so far, the upper one
+        raised until it holds.
 
     Returns:
       `Interval`. 0 and 0 for a zero kernel, NaN and NaN where an entry is NaN or infinite.
@@ -91,10 +93,12 @@ def norm_interval(
     """
     if isinstance(kernel, jax.core.Tracer):
         raise ValueError("norm_interval is a host function and cannot be traced: inside jit use fantastic4.bound")
-    real_array(kernel, "kernel")
+    with _float64():
+        real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
-    if not isinstance(rtol, int | float) or not rtol > 0:
+    if not isinstance(rtol, numbers.Real) or not 0 < rtol < math.inf:
         raise ValueError(f"rtol must be a positive number, got {rtol!r}")
+    wanted, rtol = rtol, float(min(rtol, 1.0))
     max_tests = count(1)("max_tests", max_tests)
     shape = None if input_shape is None else check_input_shape(sizes("input_shape", input_shape), layer)
     values = np.asarray(kernel).astype(np.float64)
@@ -110,7 +114,18 @@ def norm_interval(
             lower, upper = _every_size(scaled, spec, rtol, max_tests)
         else:
             lower, upper = _one_size(scaled, spec, shape, rtol, max_tests)
-    return Interval(math.ldexp(lower, exponent), math.ldexp(upper, exponent), bool(upper <= (1 + rtol) * lower * _UP))
+    return Interval(
+        _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf), bool(upper <= (1 + wanted) * lower * _UP)
+    )
+
+
+def _scaled(value: float, exponent: int, outward: float) -> float:
+    """Value · 2^exponent, rounded ``outward`` where it leaves the normal floats."""
+    with np.errstate(over="ignore", under="ignore"):
+        result = float(np.ldexp(value, exponent))
+    if math.isinf(result):
+        return math.nextafter(result, outward)
+    return result if result == 0.0 == value or abs(result) > 1e-300 else math.nextafter(result, outward)
 
 
 @contextlib.contextmanager
@@ -147,10 +162,16 @@ def _one_size(
     best: tuple[float, Enclosure] | None = None
     for cover in border.covers(kernel.shape, spec, shape):
         enclosure = Enclosure(canonical(jnp.asarray(kernel), cover.spec, cover.input_shape).kernels)
-        grid = border.frequency_grid(geometry(kernel.shape, cover.spec), cover.spec, cover.input_shape)
-        few = len(grid.points) <= _GRID_POINTS
-        part = rtol if cover.is_layer else rtol / 2  # the other half is for the lower end
-        found = enclosure.on_grid(grid.sizes, grid.points, part) if few else enclosure.everywhere(part, max_tests)
+        # Half of it is for the lower end, whose vector is a float32 one.
+        part = rtol if cover.is_layer else max(rtol / 2, 1e-5)
+        circular = geometry(kernel.shape, cover.spec)
+        frequencies = math.prod(cover.input_shape) // (1 if spec.transposed else math.prod(circular.strides))
+        few = frequencies <= 2 * _GRID_POINTS  # half of them are the conjugates of the others
+        if few:
+            grid = border.frequency_grid(circular, cover.spec, cover.input_shape)
+            found = enclosure.on_grid(grid.sizes, grid.points, part)
+        else:
+            found = enclosure.everywhere(part, max_tests)
         if few and cover.is_layer:
             return found.lower, found.upper
         upper = found.upper * cover.factor * (_UP if cover.factor != 1 else 1)
@@ -163,11 +184,23 @@ def _one_size(
 def _dense(kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...]) -> tuple[float, float]:
     """By the layer's matrix A: λ(AAᵀ) ≤ t where the Cholesky decomposition of t I - AAᵀ succeeds."""
     matrix, sizes = (np.asarray(jacobian.materialise(jnp.asarray(k), shape, spec)) for k in (kernel, np.abs(kernel)))
+    largest = float(np.abs(sizes).max())  # the kernel's largest taps need not be among those that meet the input
+    if largest == 0:
+        return 0.0, 0.0
+    exponent = math.frexp(largest)[1]
+    lower, upper = _matrix_norm(
+        np.ldexp(matrix, -exponent), np.ldexp(sizes, -exponent), math.prod(kernel.shape[:-1]) * spec.groups
+    )
+    return _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf)
+
+
+def _matrix_norm(matrix: np.ndarray, sizes: np.ndarray, terms: int) -> tuple[float, float]:
+    """Of a matrix whose entries are sums of so many terms, of absolute values that add up to ``sizes``."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     n, m = matrix.shape
     # An entry is a sum of taps and zeros; a product of two rows one of m products.
-    entries = gamma(math.prod(kernel.shape[:-1]) * spec.groups + 8, np.float64) * float(np.linalg.norm(sizes)) * _UP
+    entries = gamma(terms + 8, np.float64) * float(np.linalg.norm(sizes)) * _UP
     frobenius = float(np.linalg.norm(matrix)) * (1 + 1e-9) + entries
     slack = (gamma(m + 4, np.float64) * frobenius + 2.1 * entries) * frobenius
     gram = matrix @ matrix.T
@@ -214,7 +247,8 @@ def _from_below(kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...], wave
     layer = geometry(kernel.shape, spec)
     single = jnp.asarray(kernel, jnp.float32)
     x = jax.ShapeDtypeStruct((*shape, layer.c_in), jnp.float32)
-    ends = x.shape if spec.transposed else jax.eval_shape(lambda x: jacobian.forward(single, x, spec), x).shape
+    y = jax.eval_shape(lambda x: jacobian.forward(single, x, spec), x)
+    ends = x.shape if spec.transposed else y.shape
     start = np.zeros(ends)
     places = np.stack(np.meshgrid(*map(np.arange, ends[:-1]), indexing="ij"), -1)
     window = np.prod(np.sin(np.pi * (places + 0.5) / np.array(ends[:-1])), axis=-1)
@@ -237,4 +271,6 @@ def _from_below(kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...], wave
     copies = max(cover.factor for cover in border.covers(kernel.shape, spec, shape))
     every_tap = np.sqrt(np.sum(kernel.reshape(-1, *kernel.shape[-2:]) ** 2, axis=(1, 2))).sum()
     lost = gamma(math.prod(kernel.shape[:-1]) * spec.groups + 64, np.float64) * copies * every_tap
-    return max(0.0, value * (1 - gamma(64 + math.prod(shape) * layer.c_in, np.float64)) - 2 * lost) * _DOWN
+    return (
+        max(0.0, value * (1 - gamma(64 + max(math.prod(x.shape), math.prod(y.shape)), np.float64)) - 2 * lost) * _DOWN
+    )

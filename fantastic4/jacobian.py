@@ -17,7 +17,7 @@ from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
 from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, real_array
 
-Pads = str | tuple[tuple[int, int], ...]
+Pads = tuple[tuple[int, int], ...]
 
 
 @entry()
@@ -57,6 +57,12 @@ def forward(kernel: Array, x: Array, spec: ConvSpec = ConvSpec()) -> Array:  # n
 def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding: Pads, **strides: Any) -> Array:
     rank = len(layer.taps)
     spatial = "DHW"[3 - rank :]
+    if any(not 0 <= p <= e - 1 for pair, e in zip(padding, layer.extent, strict=True) for p in pair):
+        # XLA's CPU convolution reads out of bounds where padding crops much, its adjoint where it adds much.
+        inner = strides.pop("lhs_dilation", (1,) * rank)
+        widths = [(low, high, d - 1) for (low, high), d in zip(padding, inner, strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+        padding = ((0, 0),) * rank
     return lax.conv_general_dilated(
         x,
         kernel,

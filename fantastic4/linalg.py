@@ -60,21 +60,28 @@ def krylov_top(apply: Callable[[Array], Array], start: Array, steps: int) -> Arr
       ``(..., n)``.
     """
 
+    def size(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.real(x) ** 2 + jnp.imag(x) ** 2, axis=-1, keepdims=True))
+
     def normalise(x: Array) -> Array:
-        norm = jnp.sqrt(jnp.sum(jnp.real(x) ** 2 + jnp.imag(x) ** 2, axis=-1, keepdims=True))
+        norm = size(x)
         return x / jnp.where(norm > 0, norm, 1)
 
-    def extend(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        basis, images, x = carry  # (..., steps, n)
+    def extend(j: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        basis, images, x, largest = carry  # (..., steps, n)
         image = apply(x)
+        largest = jnp.maximum(largest, size(image))
         basis, images = basis.at[..., j, :].set(x), images.at[..., j, :].set(image)
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             overlap = jnp.einsum("...kn,...n->...k", basis.conj(), image, precision=HIGHEST)
             image -= jnp.einsum("...k,...kn->...n", overlap, basis, precision=HIGHEST)
-        return basis, images, normalise(image)
+        # Once the space is exhausted only rounding is left, and that is not orthogonal to anything.
+        image = jnp.where(size(image) > 32 * jnp.finfo(start.dtype).eps * largest, image, 0)
+        return basis, images, normalise(image), largest
 
     empty = jnp.zeros((*start.shape[:-1], steps, start.shape[-1]), start.dtype)
-    basis, images, _ = lax.fori_loop(0, steps, extend, (empty, empty, normalise(start)))
+    carry = (empty, empty, normalise(start), jnp.zeros_like(size(start)))
+    basis, images, _, _ = lax.fori_loop(0, steps, extend, carry)
     projected = jnp.einsum("...kn,...ln->...kl", basis.conj(), images, precision=HIGHEST)
     ritz = jnp.linalg.eigh((projected + jnp.swapaxes(projected, -1, -2).conj()) / 2)[1][..., -1]
     return normalise(jnp.einsum("...k,...kn->...n", ritz, basis, precision=HIGHEST))

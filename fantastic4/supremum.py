@@ -57,18 +57,18 @@ class _Slack(NamedTuple):
 def _slack(taps: tuple[int, ...], c_in: int, c_out: int) -> _Slack:
     r"""Worst case in float64 under the model of `fantastic4.rounding`.
 
-    With T taps, L lags of the half space, n ≤ m the channel sides, A = Σ‖K[t]‖_F and sums in any order:
-    phases are off by p = (32 + 8 Σk) u; so F by (√2 γ_{T+2} + p) A; FFᴴ, a sum of 2m products in
-    each real entry, by 2 γ_{2m+4} A² and twice F's error times A; a coefficient of G, a weighted mean of those, by
-    twice as much and 2 (γ_{2L+4} + p) A²; G, a sum of 2L terms of at most 2A² each, by all of these and
-    4 L (γ_{2L+2} + p) A². Cholesky (Higham 2002, Theorems 10.3 and 10.7, complex: γ_{2n+8} with a factor 3) is
-    off by at most 3 γ_{2n+8} tr(t I - G) ≤ 3 γ_{2n+8} n t.
+    With T taps, L lags of the half space, n ≤ m the channel sides, A = Σ‖K[t]‖_F and sums in any order: phases are off
+    by p = (32 + 32 Σk) u, reduced to a turn or not; so F by (√2 γ_{T+2} + p) A; FFᴴ, a sum of 2m products in each real
+    entry, by 2 γ_{2m+4} A² and twice F's error times A; a coefficient of G, a weighted mean of those, by twice as much
+    and 2 (γ_{2L+4} + p) A²; G, a sum of 2L terms of at most 2A² each, by all of these and 4 L (γ_{2L+2} + p) A².
+    Cholesky (Higham 2002, Theorems 10.3 and 10.7, complex: γ_{2n+8} with a factor 3) is off by at most
+    3 γ_{2n+8} tr(t I - G) ≤ 3 γ_{2n+8} n t.
     """
     u = unit_roundoff(np.float64)
     g = partial(gamma, dtype=np.float64)
     count, half = math.prod(taps), len(symbol.lags(taps))
     n, m = sorted((c_in, c_out))
-    phase = (32 + 8 * sum(taps)) * u
+    phase = (32 + 32 * sum(taps)) * u
     one_f = math.sqrt(2) * g(count + 2) + phase
     one_gram = 2 * g(2 * m + 4) + 2 * one_f
     coefficient = 2 * one_gram + 2 * (g(2 * half + 4) + phase)
@@ -137,10 +137,12 @@ def _profile(gram: symbol.Gram, group: Array, vector: Array) -> tuple[Array, Arr
 
 
 @jax.jit
-def _exact_top(gram: symbol.Gram, cosines: Array, sines: Array, group: Array) -> Array:
-    """The top eigenvector at one point, ``(n,)``."""
-    grams = symbol.evaluate(symbol.Gram(gram.even[group][None], gram.odd[group][None]), cosines, sines)
-    return jnp.linalg.eigh(grams[0, 0])[1][:, -1]
+def _exact_top(gram: symbol.Gram, cosines: Array, sines: Array, group: Array) -> _Top:
+    """The top eigenvector at one point, ``(n,)``, with its Rayleigh quotient."""
+    grams = symbol.evaluate(symbol.Gram(gram.even[group][None], gram.odd[group][None]), cosines, sines)[0, 0]
+    x = jnp.linalg.eigh(grams)[1][:, -1]
+    image = jnp.einsum("ij,j->i", grams, x, precision=HIGHEST)
+    return _Top(jnp.sum((x.conj() * image).real) / jnp.sum(x.real**2 + x.imag**2), x)
 
 
 class Supremum(NamedTuple):
@@ -190,32 +192,35 @@ class Enclosure:
         self.rayleigh_slack = slack.rayleigh * self.size_squared
         self.cholesky_slack = slack.cholesky
         self.lag_norms = np.asarray(self.prepared.lag_norms) + self.gram_slack
+        self.triangle = self.lag_norms[0] + 2 * float(self.lag_norms[1:].sum())  # of G's coefficients: λ is below
         self.points_at_once = int(np.clip(_CHUNK // (batch * self.n**2), 1, 1024))
         self.best, self.angles, self.group = 0.0, np.zeros(len(taps)), 0
         self.vector = np.zeros(self.n, complex)
         self.tests = 0
 
-    def _batches(self, cosines: np.ndarray, sines: np.ndarray) -> Iterator[tuple[slice, Array, Array]]:
+    def _batches(self, sizes: tuple[int, ...], points: np.ndarray) -> Iterator[tuple[slice, Array, Array]]:
         """Slices of one length, the last one filled up by repetition, so that one program serves all."""
         size = self.points_at_once
-        for begin in range(0, len(cosines), size):
-            rows = np.minimum(np.arange(begin, begin + size), len(cosines) - 1)
-            yield slice(begin, min(begin + size, len(cosines))), jnp.asarray(cosines[rows]), jnp.asarray(sines[rows])
+        for begin in range(0, len(points), size):
+            rows = np.minimum(np.arange(begin, begin + size), len(points) - 1)
+            cosines, sines = symbol.turns(points[rows], sizes, self.taps)
+            yield slice(begin, min(begin + size, len(points))), jnp.asarray(cosines), jnp.asarray(sines)
 
-    def exceeding(self, turns: tuple[np.ndarray, np.ndarray], threshold: float) -> np.ndarray:
-        """Which points are not certified to have λ(G) ≤ ``threshold``."""
+    def exceeding(self, sizes: tuple[int, ...], points: np.ndarray, threshold: float) -> np.ndarray:
+        """Which grid points are not certified to have λ(G) ≤ ``threshold``."""
         test = (threshold - self.gram_slack) / (1 + self.cholesky_slack) * (1 - 1e-12)
         if test <= 0:
-            return np.ones(len(turns[0]), bool)
-        self.tests += len(turns[0])
-        parts = [(s, _below(self.prepared.gram, c, d, test)) for s, c, d in self._batches(*turns)]
+            return np.ones(len(points), bool)
+        self.tests += len(points)
+        parts = [(s, _below(self.prepared.gram, c, d, test)) for s, c, d in self._batches(sizes, points)]
         return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
 
-    def climb(self, turns: tuple[np.ndarray, np.ndarray], angles: np.ndarray, rounds: int = 1) -> np.ndarray:
-        """Raise ``best`` to the largest sound Rayleigh quotient of these points; returns them, one a point."""
-        values = np.zeros(len(angles))
+    def climb(self, sizes: tuple[int, ...], points: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Raise ``best`` to the largest sound Rayleigh quotient of these grid points; returns them, one a point."""
+        angles = points * 2 * math.pi / np.array(sizes)
+        values = np.zeros(len(points))
         random = np.random.default_rng(0).standard_normal((2, self.points_at_once, self.batch, self.n))
-        for s, c, d in self._batches(*turns):
+        for s, c, d in self._batches(sizes, points):
             top = _Top(jnp.zeros(()), jnp.asarray(random[0] + 1j * random[1]))
             for _ in range(rounds):
                 top = _climb(self.prepared.gram, c, d, top.vector)
@@ -274,55 +279,63 @@ class Enclosure:
 
     def _goal(self, rtol: float) -> float:
         """(1 + rtol)², which the upper end of λ may be times ``best``."""
-        least = 4 * (self.cholesky_slack + (2 * self.gram_slack + self.rayleigh_slack) / self.best)
+        least = 2 * self.margin()
         if rtol < least:
             raise ValueError(
-                f"rtol {rtol:.3g} is below what float64 can certify for this kernel: the least is {least:.1g}"
+                f"rtol {rtol:.3g} is below what float64 can certify for this kernel: the least is {1.06 * least:.2g}"
             )
         return (1 + rtol) ** 2 * (1 - 1e-12)
 
-    def _settle(self, sizes: tuple[int, ...], points: np.ndarray) -> None:
-        """Raise ``best`` where some of ``points`` are known to have more: climb, then decompose the highest."""
-        turns = symbol.turns(points, sizes, self.taps)
-        angles = points * 2 * math.pi / np.array(sizes)
-        before = self.best
-        values = self.climb(turns, angles, rounds=3)
-        if self.best > before * (1 + 1e-9):
-            return
-        highest = int(values.argmax())
-        c, s = turns[0][highest, None], turns[1][highest, None]
-        for group in range(self.batch):
-            vector = _exact_top(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), jnp.asarray(group))
-            start = jnp.zeros((1, self.batch, self.n), vector.dtype).at[0, group].set(vector)
-            value = _climb(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), start).value[0, group]
-            self._record(float(value), angles[highest], group, np.asarray(vector))
+    def margin(self) -> float:
+        """A λ that is this much above ``best``, relative, is seen to be: what rounding can hide."""
+        return 8e-12 + 2 * (self.cholesky_slack + (2 * self.gram_slack + self.rayleigh_slack) / self.best)
+
+    def _settle(self, sizes: tuple[int, ...], points: np.ndarray) -> bool:
+        """Raise ``best`` where some of ``points`` have more: climb, then decompose the highest. Whether it rose."""
+        before = self.best * (1 + 1e-12)
+        values = self.climb(sizes, points, rounds=3)
+        if self.best <= before * (1 + 1e-9):
+            highest = points[int(values.argmax())]
+            c, s = map(jnp.asarray, symbol.turns(highest[None], sizes, self.taps))
+            for group in range(self.batch):
+                top = _exact_top(self.prepared.gram, c, s, jnp.asarray(group))
+                self._record(float(top.value), highest * 2 * math.pi / np.array(sizes), group, np.asarray(top.vector))
+        return self.best > before
+
+    def _lowest_top(self, sizes: tuple[int, ...], points: np.ndarray, top: float, everywhere: bool) -> float:
+        """A top that these points allow, not far above the lowest."""
+        excess = max(top / self.best - 1, 1e-12)
+        while len(points) and top < self.triangle:
+            excess *= 4
+            top = self.best * (1 + excess)
+            points = points[self.exceeding(sizes, points, self.share(sizes, top) if everywhere else top)]
+        return min(top, self.triangle)
 
     def everywhere(self, rtol: float, max_tests: int) -> Supremum:
         """σ∞, to ``rtol`` if ``max_tests`` allow."""
         sizes = self.coarse()
         points = symbol.half_grid(sizes)
-        spacing = 2 * math.pi / np.array(sizes)
-        self.climb(symbol.turns(points, sizes, self.taps), points * spacing)
-        self.ascend(spacing)
+        self.climb(sizes, points)
+        self.ascend(2 * math.pi / np.array(sizes))
         if self.best == 0:
-            return self._result(self.lag_norms[0])
-        triangle = self.lag_norms[0] + 2 * float(self.lag_norms[1:].sum())
+            return self._result(self.triangle)
         goal = self._goal(rtol)
-        if triangle <= self.best * goal:
-            return self._result(triangle)
-        while len(points) and self.tests < max_tests:
+        if self.triangle <= self.best * goal:
+            return self._result(self.triangle)
+        while True:
             threshold = self.share(sizes, self.best * goal)
-            points = points[self.exceeding(symbol.turns(points, sizes, self.taps), threshold)]
-            if len(points) and threshold >= self.best:
-                self._settle(sizes, points)
+            points = points[self.exceeding(sizes, points, threshold)]
+            if not len(points):
+                return self._result(self.best * goal)
+            if threshold >= self.best * (1 + self.margin()) and self._settle(sizes, points):
                 self.ascend(2 * math.pi / np.array(sizes))
-            else:
-                sizes, points = self._refine(sizes, points)
-        top = self.best * goal
-        while len(points) and top < triangle:  # out of tests: the lowest top that what is left allows
-            top = self.best * (1 + 4 * (top / self.best - 1))
-            points = points[self.exceeding(symbol.turns(points, sizes, self.taps), self.share(sizes, top))]
-        return self._result(min(top, triangle))
+                continue
+            if self.tests + len(points) > max_tests:
+                return self._result(self._lowest_top(sizes, points, self.best * goal, everywhere=True))
+            finer, children = self._refine(sizes, points)
+            if self.tests + len(children) > max_tests:
+                return self._result(self._lowest_top(sizes, points, self.best * goal, everywhere=True))
+            sizes, points = finer, children
 
     def _refine(self, sizes: tuple[int, ...], points: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
         """The neighbours of ``points`` on a grid of half the spacing, one of each pair ω, -ω."""
@@ -334,19 +347,16 @@ class Enclosure:
 
     def on_grid(self, sizes: tuple[int, ...], points: np.ndarray, rtol: float) -> Supremum:
         """The maximum over grid ``points``: the norm of a circular convolution."""
-        turns = symbol.turns(points, sizes, self.taps)
-        angles = points * 2 * math.pi / np.array(sizes)
-        some = np.unique(np.linspace(0, len(points) - 1, self.points_at_once).astype(int))
-        self.climb((turns[0][some], turns[1][some]), angles[some])
+        self.climb(sizes, points[np.unique(np.linspace(0, len(points) - 1, self.points_at_once).astype(int))])
         if self.best == 0:
-            return self._result(self.lag_norms[0])
+            return self._result(self.triangle)
         goal = self._goal(rtol)
-        left = np.arange(len(points))
         while True:
-            left = left[self.exceeding((turns[0][left], turns[1][left]), self.best * goal)]
-            if not len(left):
+            points = points[self.exceeding(sizes, points, self.best * goal)]
+            if not len(points):
                 return self._result(self.best * goal)
-            self._settle(sizes, points[left])
+            if not self._settle(sizes, points):
+                return self._result(self._lowest_top(sizes, points, self.best * goal, everywhere=False))
 
     def output_wave(self) -> OutputWave:
         """The wave of the lower end. On the outputs' side, which strides leave alone."""

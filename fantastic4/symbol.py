@@ -138,13 +138,13 @@ def gram(kernels: Array) -> Gram:
     one = 4 * batch * c_in * c_out * kernels.dtype.itemsize
     size = max(1, min(len(points), _CHUNK_BYTES // one))
     real, imag = lax.map(values, jnp.asarray(points), batch_size=size)
-    angle = 2 * np.pi * (lags(tuple(taps)) @ (points / np.array(sizes)).T)
+    cosines, sines = (t.T for t in turns(points, sizes, tuple(taps)))
     both = np.where(np.arange(len(points)) > 0, 2.0, 1.0)  # f and -f; the sizes are odd, so only 0 is its own opposite
     weight = both[:, None] * both / math.prod(sizes)
     invert = partial(jnp.einsum, "df,fbij->bdij", precision=HIGHEST)
     return Gram(
-        invert(jnp.asarray(weight * np.cos(angle), kernels.dtype), real),
-        invert(jnp.asarray(weight * np.sin(angle), kernels.dtype), imag),
+        invert(jnp.asarray(weight * cosines, kernels.dtype), real),
+        invert(jnp.asarray(weight * sines, kernels.dtype), imag),
     )
 
 
@@ -174,7 +174,7 @@ def turns(points: np.ndarray, sizes: tuple[int, ...], taps: tuple[int, ...]) -> 
 def below(grams: Array, threshold: Array) -> Array:
     """Whether the Cholesky decomposition of ``threshold``·I - G succeeds: then λ(G) ≤ threshold, nearly.
 
-    By how much a success can mislead is known (Higham 2002, Theorem 10.7): see `fantastic4.interval`.
+    By how much a success can mislead is known (Higham 2002, Theorem 10.7): see `fantastic4.supremum`.
 
     Args:
       grams: ``(..., n, n)``, Hermitian; one triangle is read.

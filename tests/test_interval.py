@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 import fantastic4 as f4
-from fantastic4 import border, interval, symbol
+from fantastic4 import border, interval, linalg, symbol
 from fantastic4.supremum import Enclosure, _slack
 
 LARGE = ["same", "valid", "int", "crop", "circular-small", "reflect", "edge", "stride", "stride-circular-wrapping",
@@ -206,3 +206,87 @@ def test_a_success_of_cholesky_means_what_it_says():
         tests = [float(shrink * (1 - d)) for d in (0, 1e-5, 1e-3)] + [float(top * 1.001)]
         passed = [bool(symbol.below(jnp.asarray(gram)[None], jnp.float32(t))[0]) for t in tests]
         assert passed == [False, False, False, True]
+
+
+@pytest.mark.parametrize("small", [1e-200, 1.23e-161])
+def test_the_taps_that_meet_the_input_may_be_the_small_ones(small):
+    """At n = 1 only the middle tap is read: its square must not vanish beside the others."""
+    found = f4.norm_interval(np.array([1, small, 1]).reshape(3, 1, 1), input_shape=(1,))
+    assert found.lower <= small <= found.upper
+    assert found.reached
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_ends_of_the_floats():
+    tiny, huge = np.full((1, 1, 2), 5e-324), np.full((3, 1, 1), 1e308)
+    for shape in (None, (4,)):
+        assert f4.norm_interval(tiny, input_shape=shape).upper >= math.sqrt(2) * 5e-324
+        found = f4.norm_interval(huge, input_shape=shape)
+        assert found.upper == math.inf
+        assert 1e308 < found.lower < math.inf
+
+
+@pytest.mark.parametrize("size", [None, (800,), (6,)])
+def test_the_smallest_rtol_ends(size, monkeypatch):
+    """Where the maximum lies on a grid point, rounding decides: it must neither loop nor lie."""
+    monkeypatch.setattr(interval, "_DENSE_SIDE", 0)
+    for kernel in (np.ones((1, 1, 1)), np.abs(cases.draw(np.random.default_rng(0), (3, 2, 2), "normal"))):
+        spec = f4.ConvSpec(padding="CIRCULAR")
+        with pytest.raises(ValueError, match="the least is") as error:
+            f4.norm_interval(kernel, spec, 1e-15, input_shape=size)
+        least = float(str(error.value).split("the least is ")[1])
+        for factor in (1, 1.5, 4):
+            found = f4.norm_interval(kernel, spec, factor * least, input_shape=size)
+            assert found.lower <= np.linalg.norm(kernel.sum(0), 2) * (1 + 1e-15)
+            assert found.upper >= np.linalg.norm(kernel.sum(0), 2) * (1 - 1e-15)
+
+
+@pytest.mark.parametrize("rtol", [1e200, 10.0, np.float32(1e-3)])
+def test_any_positive_rtol(rtol, monkeypatch):
+    monkeypatch.setattr(interval, "_DENSE_SIDE", 0)
+    kernel = cases.kernel("1d")
+    for shape in (None, (8,)):
+        assert f4.norm_interval(kernel, rtol=rtol, input_shape=shape).reached or shape
+    with pytest.raises(ValueError, match="rtol must be a positive number, got inf"):
+        f4.norm_interval(kernel, rtol=math.inf)
+
+
+def test_max_tests_are_kept():
+    """A spectrum that is the same along planes: every level has nine times as many points that may be highest."""
+    kernel = np.zeros((3, 3, 3, 2, 2))
+    kernel[range(3), range(3), range(3)] = np.random.default_rng(0).standard_normal((3, 2, 2))
+    with jax.enable_x64(True):
+        found = Enclosure(jnp.asarray(kernel)[None] / 4).everywhere(1e-3, 5_000)
+    line = f4.norm_interval(kernel[range(3), range(3), range(3)], rtol=1e-6)
+    assert found.tests <= 5_000 + 4_000
+    assert found.lower <= line.upper / 4
+    assert found.upper >= line.lower / 4
+
+
+def test_krylov_space_of_low_rank():
+    """The space is exhausted after two steps; what is left then is rounding, and must not be taken for a direction."""
+    found = f4.norm_interval(
+        np.ones((3, 1, 2), np.float32), f4.ConvSpec(strides=3, padding="REFLECT"), input_shape=(1230,)
+    )
+    np.testing.assert_allclose(found.lower, math.sqrt(10), rtol=1e-6)
+    rng = np.random.default_rng(0)
+    for rank in (1, 2):
+        factor = jnp.asarray(rng.standard_normal((50, 20, rank)), jnp.float32)
+        grams = factor @ jnp.swapaxes(factor, -1, -2)
+        x = linalg.krylov_top(lambda x, g=grams: jnp.einsum("pij,pj->pi", g, x), jnp.ones((50, 20)), 12)
+        quotient = jnp.einsum("pi,pij,pj->p", x, grams, x)
+        np.testing.assert_allclose(quotient, np.linalg.eigvalsh(np.asarray(grams, float))[:, -1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "size", "padding", "stride"), [((3, 3, 3), 8, (5, 1), 1), ((4, 2, 2), 3, (5, 1), 1),
+                                                                  ((5, 2, 2), 6, (-4, 3), 4)])  # fmt: skip
+def test_wide_padding_reads_nothing_out_of_bounds(shape, size, padding, stride):
+    """XLA's CPU convolution does (its float32 one), where the padding it is asked for is very negative."""
+    kernel = cases.draw(np.random.default_rng(0), shape, "normal")
+    spec = f4.ConvSpec(padding=(padding,), strides=stride)
+    matrix = np.asarray(f4.jacobian.materialise(kernel, (size,), spec), float)
+    outputs = matrix.shape[0] // shape[-1]
+    assert np.abs(matrix).max() <= np.abs(kernel).max()
+    for y in np.eye(matrix.shape[0], dtype=np.float32):
+        ours = f4.jacobian.adjoint(kernel, y.reshape(outputs, -1), (size,), spec)
+        np.testing.assert_allclose(np.ravel(ours), matrix.T @ y, atol=1e-6)
