@@ -71,16 +71,18 @@ def main(name: str, parts: Mapping[str, Callable[[int], dict[str, Any]]], descri
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=sorted(parts), help="one part only, as JSON on standard output")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each (default %(default)s)")
+    parser.add_argument("--only", choices=sorted(parts), help="measure this part again, keep the other figures")
     options = parser.parse_args()
     if options.part:
         print(json.dumps(parts[options.part](options.rounds)))
         return
     console = Console()
-    figures: dict[str, Any] = {"machine": machine()}
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}-{jax.default_backend()}.json"
+    figures: dict[str, Any] = json.loads(target.read_text()) if options.only else {}
+    figures["machine"] = machine()
     table = Table("figure", "value", title=figures["machine"]["cpu"])
-    for part in parts:
+    for part in [options.only] if options.only else parts:
         with console.status(f"{name}: measuring {part} …"):
             figures[part] = in_clean_process(name, part, options.rounds)
         target.write_text(json.dumps(figures, indent=2) + "\n")  # after each part, so that nothing is lost

@@ -20,7 +20,7 @@ from fantastic4 import frequency, gram, unfolding
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import with_pairs
-from fantastic4.rounding import constant_up, round_up
+from fantastic4.rounding import constant_up, power_of_two, round_up
 from fantastic4.symbol import half_grid
 
 POWERS = (0.0, 0.5, 0.75)
@@ -49,8 +49,10 @@ def weighted(kernels: Array) -> Array:
 
     See `fantastic4.unfolding.weights`. The weights are constants in the gradient, which they may be: any are sound.
     """
-    scaling = unfolding.weights(lax.stop_gradient(kernels), POWERS)
-    pairs = unfolding.certified_pairs(lax.stop_gradient(kernels), scaling)
+    constant = lax.stop_gradient(kernels)
+    _, inverse = power_of_two(jnp.max(jnp.abs(constant), initial=0))
+    scaling = unfolding.weights(unfolding.tap_squares(constant * inverse), POWERS)
+    pairs = unfolding.certified_pairs(constant, scaling)
     # A factor is a product of two norms of a few numbers, each from squares and reciprocals.
     factors = round_up(scaling.factor, 2 * math.prod(kernels.shape[1:-2]) + 24)
     return round_up(_smallest(kernels, pairs, factors), 2)
@@ -162,7 +164,7 @@ def _iterate(kernels: Array, method: str, points: int | None) -> Callable[[Any],
         return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
     if method == "four":
         return lambda s: unfolding.power_step(kernels, s)
-    scaling = unfolding.weights(kernels, TRAINING_POWERS)
+    scaling = unfolding.weights(unfolding.tap_squares(kernels), TRAINING_POWERS)
     return lambda s: unfolding.power_step(kernels, s, scaling.taps)
 
 
@@ -177,7 +179,7 @@ def step(
     """An estimate of a bound for a train step, by the method that the state was made for.
 
     **An estimate**: power iteration comes to each singular value from below. Measured costs and gaps of the
-    methods stand in docs/methods.md; the sound counterparts are ``fantastic4.bound(kernel, spec, method=…)``.
+    methods stand in docs/methods.md (the weighted one falls back to weights of 1 for kernels beyond 1e±18); the sound counterparts are ``fantastic4.bound(kernel, spec, method=…)``.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.
@@ -225,7 +227,8 @@ def step(
         scale = frequency.grid_factor(spatial, sizes)
         value = frequency.differentiable(kernels, found) * scale
     elif state.method == "weighted":
-        value = _smallest(kernels, found, unfolding.weights(constant, TRAINING_POWERS).factor)
+        scaling = unfolding.weights(unfolding.tap_squares(constant), TRAINING_POWERS)
+        value = _smallest(kernels, found, scaling.factor)
     else:
         value = _smallest(kernels, found, jnp.full_like(found.values, math.sqrt(math.prod(spatial))))
     return value * factor, LadderState(inner, state.method, state.points)

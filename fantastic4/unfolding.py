@@ -228,27 +228,38 @@ class Weights(NamedTuple):
     factor: Array
 
 
-def weights(kernels: Array, powers: Sequence[float]) -> Weights:
+def tap_squares(kernels: Array) -> Array:
+    """Squared Frobenius norm of every tap, ``(batch, *spatial)``, in one pass at the speed of memory.
+
+    It overflows or vanishes for kernels beyond 1e18 or below 1e-18: then `weights` are 1.
+    """
+    return jnp.einsum("b...io,b...io->b...", kernels, kernels, precision=HIGHEST)
+
+
+def weights(squares: Array, powers: Sequence[float]) -> Weights:
     r"""Weights for all distinct unfoldings, one set for each power.
 
     For positive a over the row taps of an unfolding and b over its column taps, F = (e/a ⊗ I) M (e/b ⊗ I)
     where M has its block (k, l) scaled by a_k b_l, so σ∞ ≤ ‖1/a‖₂ ‖1/b‖₂ ‖M‖₂. With a_k = (Frobenius norm of
     the taps in row k)^-p, and b likewise; p = 0 gives the four bounds. Any weights are sound, these too if
     rounded: the factor is computed from them. Taps of almost nothing get a weight as if they had 1e-6 of the largest.
+
+    Args:
+      squares: squared Frobenius norms of the taps, ``(batch, *spatial)``, from `tap_squares`; a rough value will do.
+      powers: the p.
     """
-    batch, *spatial, _, _ = kernels.shape
-    largest = jnp.max(jnp.abs(kernels), axis=tuple(range(1, kernels.ndim)), keepdims=True)
-    scaled = kernels / jnp.where(largest > 0, largest, 1)
-    squares = jnp.sum(scaled * scaled, axis=(-2, -1))
+    batch, *spatial = squares.shape
+    dtype = squares.dtype
     each, factors = [], []
     for power in powers:
         for axes in distinct(tuple(spatial))[0]:
-            tap, factor = jnp.ones((batch, *spatial), kernels.dtype), jnp.ones(batch, kernels.dtype)
+            tap, factor = jnp.ones((batch, *spatial), dtype), jnp.ones(batch, dtype)
             for side in (axes, others(tuple(spatial), axes)):
                 # One sum for each value of the taps on this side, over the other side.
                 sums = jnp.sum(squares, axis=tuple(1 + a for a in others(tuple(spatial), side)), keepdims=True)
                 top = jnp.max(sums, axis=tuple(range(1, sums.ndim)), keepdims=True)
-                size = jnp.maximum(sums / jnp.where(top > 0, top, 1), 1e-12)
+                usable = jnp.isfinite(top) & (top > 1e12 * jnp.finfo(dtype).tiny)
+                size = jnp.where(usable, jnp.maximum(sums / jnp.where(usable, top, 1), 1e-12), 1)
                 weight = size ** (-power / 2)
                 inverse = 1 / weight
                 tap = tap * weight

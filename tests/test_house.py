@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 import fantastic4 as f4
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
@@ -71,8 +73,19 @@ def test_version_is_that_of_the_distribution():
     assert importlib.metadata.version("fantastic4") == f4.__version__
 
 
-def code_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_blocks(page="README.md"):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_code_of_the_docs_runs():
+    (block,) = code_blocks("docs/methods.md")
+    exec(compile(block, "docs/methods.md", "exec"), {})
+
+
+def test_tables_of_the_docs_are_the_measured_ones():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "norms-cpu.json").read_text())
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert report.fill(page, report.tables(figures)) == page, "run python -m benchmarks.report"
 
 
 def test_readme_shows_the_train_step_of_the_demo():

@@ -109,3 +109,30 @@ def test_polyphase_is_tighter_than_the_unstrided_kernel():
     kernel = cases.draw(np.random.default_rng(1), (3, 3, 4, 4), "normal")
     strided = float(f4.four_bounds(kernel, f4.ConvSpec(strides=2)).min())
     assert strided < 0.8 * float(f4.four_bounds(kernel).min())
+
+
+def test_a_box_kernel_divided_by_its_bound_does_not_stretch():
+    """A zero-padding factor below 1 let the 3×3 box come out at 1.0199 for 16 pixels: no size may exceed 1."""
+    box = np.ones((3, 3, 1, 1), np.float32)
+    for bound in (float(f4.four_bounds(box).min()), float(f4.bound(box, method="grid")), f4.norm_interval(box).upper):
+        for n in (4, 8, 16):
+            assert oracle.norm(oracle.dense(box, (n, n))) / bound <= 1
+    assert oracle.norm(oracle.dense(box, (16, 16))) > 0.97 * 9
+
+
+def test_power_iteration_is_not_called_a_bound():
+    """For a 1×1 convolution the four bounds are exact, so whatever power iteration has reached is too small."""
+    kernel = cases.draw(np.random.default_rng(0), (1, 1, 64, 64), "normal")
+    truth = oracle.norm(kernel[0, 0])
+    four, _ = f4.step(kernel, f4.init(kernel, key=jax.random.key(0), warmup=5))
+    assert float(four.min()) < truth <= float(f4.four_bounds(kernel).min())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-20])
+def test_small_weights_are_not_underestimated(scale):
+    """An ε inside a normalisation makes the bound of small weights too small (gloro #8)."""
+    kernel = cases.kernel("same")
+    small = (kernel * np.float32(scale)).astype(np.float32)
+    truth = oracle.norm(oracle.dense(kernel, (5, 5)))
+    for method in ("four", "weighted", "grid"):
+        assert float(f4.bound(small, method=method)) >= truth * float(np.float32(scale)) * (1 - 1e-6)
