@@ -179,7 +179,8 @@ def step(
     """An estimate of a bound for a train step, by the method that the state was made for.
 
     **An estimate**: power iteration comes to each singular value from below. Measured costs and gaps of the
-    methods stand in docs/methods.md (the weighted one falls back to weights of 1 for kernels beyond 1e±18); the sound counterparts are ``fantastic4.bound(kernel, spec, method=…)``.
+    methods stand in docs/methods.md; the sound counterparts are ``fantastic4.bound(kernel, spec, method=…)``.
+    Kernels beyond 1e±18 have weights of 1.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.

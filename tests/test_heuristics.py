@@ -133,7 +133,7 @@ def test_gouk_projects_and_leaves_small_kernels_alone():
     np.testing.assert_array_equal(same, kernel)
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 3, 4), (2, 4, 2, 2), (4, 3, 3), (2, 2, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 4, 3, 2), (4, 3, 3)])
 def test_tnn_lies_between_the_norm_and_the_four(shape):
     kernel = cases.draw(np.random.default_rng(0), shape, "normal")
     value = float(f4.estimate_tnn(kernel, key=KEY))

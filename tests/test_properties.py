@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import fantastic4 as f4
 from fantastic4.bounds import METHODS
 
-SEED = int(os.environ.get("FUZZ_SEED", 20211))
+SEED = int(os.environ.get("FUZZ_SEED", 20211))  # conftest prints it
 CASES = int(os.environ.get("FUZZ_CASES", 10_000))
 CHEAP = ["same", "valid", "circular-even", "reflect", "reflect-small", "edge", "stride", "stride-circular-wrapping",
          "dilation-stride-coprime", "groups", "transposed-stride", "1d-causal-stride", "3d"]  # fmt: skip
 
-FEW = ["same", "reflect-small", "edge", "stride", "groups", "1d-causal-stride", "3d"]
+FEW = ["same", "reflect-small", "edge", "groups", "1d-causal-stride"]
 PLAIN = ["same", "valid", "circular-even", "one-tap", "row", "3d"]
 
 
