@@ -291,3 +291,42 @@ def test_wide_padding_reads_nothing_out_of_bounds(shape, size, padding, stride):
     for y in np.eye(matrix.shape[0], dtype=np.float32):
         ours = f4.jacobian.adjoint(kernel, y.reshape(outputs, -1), (size,), spec)
         np.testing.assert_allclose(np.ravel(ours), matrix.T @ y, atol=1e-6)
+
+
+def test_the_grid_point_nearest_to_the_maximum_has_its_share():
+    """Both thresholds, where they are tight: one lag alone, its maximum between the points; and random kernels."""
+    alone = np.zeros((3, 1, 1))
+    alone[0], alone[2] = 0.5, -0.5  # |F|² = (1 - cos 2ω)/2, largest at π/2
+    rng = np.random.default_rng(0)
+    kernels = [alone, *(cases.draw(rng, (k, 2, 2), kind) / 4 for k in (2, 3, 5) for kind in ("normal", "alternating"))]
+    tight = 1.0
+    for kernel in kernels:
+        with jax.enable_x64(True):
+            enclosure = Enclosure(jnp.asarray(kernel, float)[None])
+            angles = np.linspace(0, np.pi, 20_001)
+            waves = np.exp(1j * np.outer(angles, np.arange(len(kernel))))
+            values = np.linalg.norm(np.tensordot(waves, np.asarray(kernel, float), 1), 2, axis=(1, 2)) ** 2
+            top, where = values.max(), angles[values.argmax()]
+            for n in range(2 * len(kernel), 40):
+                nearest = 2 * np.pi * np.round(where * n / (2 * np.pi)) / n
+                here = np.tensordot(np.exp(1j * nearest * np.arange(len(kernel))), np.asarray(kernel, float), 1)
+                share = enclosure.share((n,), top)
+                assert np.linalg.norm(here, 2) ** 2 >= share * (1 - 1e-7)
+                tight = min(tight, np.linalg.norm(here, 2) ** 2 / share - 1)
+    assert tight < 1e-6  # a larger share would be wrong
+
+
+def test_refinement_keeps_the_whole_cell():
+    """Of a point: itself and both neighbours on every axis at half the spacing, up to ω ~ -ω."""
+    with jax.enable_x64(True):
+        enclosure = Enclosure(jnp.ones((1, 3, 3, 1, 1)))
+    sizes, points = enclosure._refine((8, 8), np.array([[3, 1]]))
+    assert sizes == (16, 16)
+    expected = {min((a % 16, b % 16), (-a % 16, -b % 16)) for a in (5, 6, 7) for b in (1, 2, 3)}
+    assert {tuple(p) for p in points.tolist()} == expected
+
+
+def test_a_threshold_within_the_rounding_certifies_nothing():
+    with jax.enable_x64(True):
+        enclosure = Enclosure(jnp.zeros((1, 3, 3, 2, 2)) + 1e-3)
+        assert enclosure.exceeding((8, 8), symbol.half_grid((8, 8)), 0.5 * enclosure.gram_slack).all()
