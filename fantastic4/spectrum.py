@@ -124,10 +124,10 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
     at = lambda point: (cosines[point][None], sines[point][None])  # noqa: E731
 
     # A high value from some of the points, by which nearly all are excluded.
-    some = np.unique(np.linspace(0, len(grid.points) - 1, 8).astype(int))
-    point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 8)), batch)
+    some = np.unique(np.linspace(0, len(grid.points) - 1, 6).astype(int))
+    point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 6)), batch)
     point = jnp.asarray(some)[point]
-    guess = _Largest(climb(at(point), 20)[0, group], point, group)
+    guess = _Largest(climb(at(point), min(n, 48))[0, group], point, group)
     size = max(1, min(len(grid.points), _CHUNK_ENTRIES // (batch * n * n)))
     rows = lambda tables: excluded(guess.value, jax.tree.map(lambda t: t[None], tables))[0]  # noqa: E731
     left = ~lax.map(rows, (cosines, sines), batch_size=size)
@@ -147,7 +147,7 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
         return body
 
     waiting = lambda state: jnp.any(state[0])  # noqa: E731
-    _, left, high = lax.while_loop(waiting, visit(lambda p, g: climb(at(p), 20)[0, g]), (left, left, guess))
+    _, left, high = lax.while_loop(waiting, visit(lambda p, g: climb(at(p), min(n, 48))[0, g]), (left, left, guess))
     exact = high._replace(value=value(high.point, high.group))
     left = left.at[high.point, high.group].set(False)
     return lax.while_loop(waiting, visit(value), (left, left, exact))[2]
