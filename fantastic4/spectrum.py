@@ -124,8 +124,8 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
     at = lambda point: (cosines[point][None], sines[point][None])  # noqa: E731
 
     # A high value from some of the points, by which nearly all are excluded.
-    some = np.unique(np.linspace(0, len(grid.points) - 1, 6).astype(int))
-    point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 6)), batch)
+    some = np.unique(np.linspace(0, len(grid.points) - 1, 8).astype(int))
+    point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 8)), batch)
     point = jnp.asarray(some)[point]
     guess = _Largest(climb(at(point), min(n, 48))[0, group], point, group)
     size = max(1, min(len(grid.points), _CHUNK_ENTRIES // (batch * n * n)))
