@@ -24,7 +24,7 @@ from fantastic4.supremum import Enclosure, OutputWave
 
 _DENSE_SIDE = 768  # up to this smaller side the layer's matrix is decomposed
 _DENSE_ENTRIES = 2**22
-_GRID_POINTS = 2048  # up to this many frequencies each is tested; beyond, the infinite grid is as good
+_FREQUENCIES = 4096  # up to this many each is tested; beyond, the infinite grid is as good
 _KRYLOV, _RESTARTS = 8, 12
 _UP, _DOWN = 1 + 1e-14, 1 - 1e-14
 
@@ -166,7 +166,7 @@ def _one_size(
         part = rtol if cover.is_layer else max(rtol / 2, 1e-5)
         circular = geometry(kernel.shape, cover.spec)
         frequencies = math.prod(cover.input_shape) // (1 if spec.transposed else math.prod(circular.strides))
-        few = frequencies <= 2 * _GRID_POINTS  # half of them are the conjugates of the others
+        few = frequencies <= _FREQUENCIES
         if few:
             grid = border.frequency_grid(circular, cover.spec, cover.input_shape)
             found = enclosure.on_grid(grid.sizes, grid.points, part)
@@ -270,7 +270,6 @@ def _from_below(kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...], wave
     # |J| |x| bounds what the sums of products can lose; ‖|J|‖ ≤ copies · Σ_t ‖K[t]‖_F.
     copies = max(cover.factor for cover in border.covers(kernel.shape, spec, shape))
     every_tap = np.sqrt(np.sum(kernel.reshape(-1, *kernel.shape[-2:]) ** 2, axis=(1, 2))).sum()
-    lost = gamma(math.prod(kernel.shape[:-1]) * spec.groups + 64, np.float64) * copies * every_tap
-    return (
-        max(0.0, value * (1 - gamma(64 + max(math.prod(x.shape), math.prod(y.shape)), np.float64)) - 2 * lost) * _DOWN
-    )
+    lost = gamma(kernel.size + 64, np.float64) * copies * every_tap
+    norms = gamma(max(math.prod(x.shape), math.prod(y.shape)) + 64, np.float64)
+    return max(0.0, value * (1 - norms) - 2 * lost) * _DOWN

@@ -20,7 +20,7 @@ from fantastic4 import frequency, gram, unfolding
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import with_pairs
-from fantastic4.rounding import constant_up, power_of_two, round_up
+from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import half_grid
 
 POWERS = (0.0, 0.5, 0.75)
@@ -55,7 +55,9 @@ def weighted(kernels: Array) -> Array:
     pairs = unfolding.certified_pairs(constant, scaling)
     # A factor is a product of two norms of a few numbers, each from squares and reciprocals.
     factors = round_up(scaling.factor, 2 * math.prod(kernels.shape[1:-2]) + 24)
-    return round_up(_smallest(kernels, pairs, factors), 2)
+    # Scaling a tap may flush its subnormals before anyone can find them.
+    flushed = subnormal_norm(constant) * constant_up(math.sqrt(math.prod(kernels.shape[1:-2])), kernels.dtype)
+    return round_up(_smallest(kernels, pairs, factors) + flushed, 4)
 
 
 def hybrid(kernels: Array, points: int | None) -> Array:
@@ -85,8 +87,9 @@ def matrix_gram(kernels: Array, iterations: int) -> Array:
     spatial = kernels.shape[1:-2]
     each = []
     for axes in unfolding.distinct(spatial)[0]:
-        matrices = unfolding.unfold(kernels, axes)
-        each.append(jnp.max(jax.vmap(lambda m: gram.schatten_bound(m, iterations))(matrices)))
+        norms = jax.vmap(lambda m: gram.schatten_bound(m, iterations))(unfolding.unfold(kernels, axes))
+        # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
+        each.append(jnp.where(jnp.any(jnp.isnan(norms)), jnp.nan, jnp.max(norms)))
     scale = constant_up(math.sqrt(math.prod(spatial)), kernels.dtype)
     return round_up(jnp.min(jnp.stack(each)) * scale, 2)
 

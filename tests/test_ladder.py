@@ -177,6 +177,15 @@ def test_extreme_scales_and_zero(method, scale):
         assert np.isnan(f(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad)))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-33, 3e-37, 1e-38, 1e-39])
+def test_kernels_that_a_compiler_may_flush_to_zero(method, scale):
+    """Subnormal entries, and products that become subnormal: flushed, they must be paid for (found: 0 for 1e-39)."""
+    kernel = (cases.draw(np.random.default_rng(0), (3, 3, 4, 5), "normal").astype(float) * scale).astype(np.float32)
+    truth = sup(kernel.astype(float) * 2.0**100) / 2.0**100
+    assert float(f4.bound(kernel, method=method)) >= truth
+
+
 @pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
 @pytest.mark.parametrize("name", ["same", "stride", "groups", "1d"])
 def test_a_step_converges_to_its_bound(name, method):
