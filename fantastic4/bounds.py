@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from jax.typing import DTypeLike
 
 from fantastic4 import gram, ladder, unfolding
 from fantastic4.conv import ConvSpec, canonical
-from fantastic4.entry import count, entry, same_kind
+from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, round_up
 from fantastic4.unfolding import PowerState
@@ -145,17 +143,7 @@ def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # no
     return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=True)
 
 
-def _method(name: str, value: Any) -> str:
-    if value not in METHODS:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(METHODS)}")
-    return value
-
-
-def _optional(least: int) -> Callable[[str, Any], int | None]:
-    return lambda name, value: None if value is None else count(least)(name, value)
-
-
-@entry(method=_method, points=_optional(1), iterations=_optional(1))
+@entry(method=choice(*METHODS), points=optional(count(1)), iterations=optional(count(1)))
 def bound(
     kernel: Array,
     spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)

@@ -29,6 +29,29 @@ def count(least: int) -> Callable[[str, Any], int]:
     return convert
 
 
+def optional(convert: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """A converter for `entry`: None, or what ``convert`` takes."""
+    return lambda name, value: None if value is None else convert(name, value)
+
+
+def choice(*options: str) -> Callable[[str, Any], str]:
+    """A converter for `entry`: one of these words."""
+
+    def convert(name: str, value: Any) -> str:
+        if value not in options:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(options)}")
+        return value
+
+    return convert
+
+
+def flag(name: str, value: Any) -> bool:
+    """A converter for `entry`: True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def sizes(name: str, value: Any) -> tuple[int, ...]:
     """A converter for `entry`: one int a spatial axis; a single int is one axis."""
     try:

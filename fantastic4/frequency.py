@@ -20,9 +20,7 @@ from fantastic4 import unfolding
 from fantastic4.dense import frobenius_bound
 from fantastic4.linalg import HIGHEST, with_pairs
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
-from fantastic4.symbol import half_grid
-
-_CHUNK_BYTES = 2**26  # of complex kernels in flight
+from fantastic4.symbol import CHUNK_BYTES, at_once, half_grid, places, turns
 
 
 def grid_factor(taps: tuple[int, ...], sizes: tuple[int, ...]) -> float:
@@ -39,15 +37,6 @@ def grid_factor(taps: tuple[int, ...], sizes: tuple[int, ...]) -> float:
     axes = zip(taps, sizes, strict=True)
     factors = (min(1 / math.cos(math.pi * (k - 1) / (2 * n)), (1 - (k - 1) / n) ** -0.5) for k, n in axes)
     return math.prod(factors) * (1 + 1e-12)  # the cosine of an angle near π/2 loses digits
-
-
-def _turns(points: np.ndarray, sizes: tuple[int, ...], taps: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cos and sin of ω·t at the points, ``(points, Π taps)`` in float64, ω·t reduced in integers."""
-    whole = math.lcm(*sizes)
-    steps = np.array([whole // n for n in sizes])
-    where = np.indices(taps).reshape(len(taps), -1)
-    angle = 2 * np.pi / whole * ((points * steps) @ where % whole)
-    return np.cos(angle), np.sin(angle)
 
 
 class Top(NamedTuple):
@@ -101,7 +90,7 @@ def certified_top(kernels: Array, fourier: unfolding.Axes, size: int | tuple[int
     left_over = tuple(spatial[a] for a in rest)
     scale = grid_factor(taps, sizes) * math.sqrt(math.prod(left_over))
     points = half_grid(sizes)
-    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in _turns(points, sizes, taps))
+    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in turns(points, sizes, places(taps)))
     order = (0, *(1 + a for a in fourier), *(1 + a for a in rest), -2, -1)
     moved = jnp.transpose(kernels, [a % kernels.ndim for a in order]).reshape(batch, -1, *left_over, c_in, c_out)
     count = moved.shape[1]
@@ -122,7 +111,7 @@ def certified_top(kernels: Array, fourier: unfolding.Axes, size: int | tuple[int
         return value, pick(pairs.inputs), pick(pairs.outputs)
 
     one = 16 * batch * math.prod(left_over) * c_in * c_out * kernels.dtype.itemsize
-    chunk = max(1, min(len(points), _CHUNK_BYTES // one))
+    chunk = at_once(len(points), one, CHUNK_BYTES)
     values, inputs, outputs = lax.map(at, (cosines, sines), batch_size=chunk)  # (points, batch, rest taps, 2c)
     poisoned = jnp.any(jnp.isnan(values))
     point, group = jnp.divmod(jnp.argmax(values), batch)
@@ -186,7 +175,7 @@ def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tupl
       The largest singular value reached (from below), without any factor, and the new state.
     """
     batch, *spatial, c_in, c_out = kernels.shape
-    tables = _turns(points, sizes, tuple(spatial))
+    tables = turns(points, sizes, places(tuple(spatial)))
     cosines, sines = (jnp.asarray(t, kernels.dtype) for t in tables)  # (points, taps)
     count, frequencies = cosines.shape[1], len(points)
 
@@ -201,8 +190,7 @@ def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tupl
         c, s = cosines[..., None], sines[..., None]
         image = jnp.stack([jnp.sum(c * real - s * imag, axis=1), jnp.sum(s * real + c * imag, axis=1)], 1)
         _, x = _normalise(image)
-        real, imag = x[:, 0, None], x[:, 1, None]  # Fᴴ x: each tap meets the vectors turned back
-        turned = jnp.stack([c * real + s * imag, c * imag - s * real], 1)
+        turned = jnp.swapaxes(_turn_back(x[:, None], cosines, sines), 1, 2)  # Fᴴ x: each tap meets them turned back
         image = lax.dot_general(turned.reshape(2 * frequencies, -1), rows, (((1,), (0,)), ((), ())), precision=HIGHEST)
         return *_normalise(image.reshape(frequencies, 2, c_out)), turned
 

@@ -24,9 +24,8 @@ from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.entry import count, entry, number, same_kind, sizes
 from fantastic4.linalg import HIGHEST, real_array, unit
+from fantastic4.spectrum import CIRCULAR
 from fantastic4.symbol import Grid
-
-CIRCULAR = ConvSpec(padding="CIRCULAR")
 
 
 def _matrix(kernel: Array) -> Array:

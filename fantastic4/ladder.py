@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from fantastic4 import frequency, gram, unfolding
 from fantastic4.conv import ConvSpec, canonical
-from fantastic4.entry import count, entry, same_kind
+from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import half_grid
@@ -110,17 +110,7 @@ class LadderState:
     points: int | None = dataclasses.field(metadata={"static": True})
 
 
-def _method(name: str, value: Any) -> str:
-    if value not in TRAINING_METHODS:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(TRAINING_METHODS)}")
-    return value
-
-
-def _points(name: str, value: Any) -> int | None:
-    return None if value is None else count(1)(name, value)
-
-
-@entry(method=_method, points=_points, warmup=count(0))
+@entry(method=choice(*TRAINING_METHODS), points=optional(count(1)), warmup=count(0))
 def init(
     kernel: Array,
     spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)

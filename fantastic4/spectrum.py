@@ -21,11 +21,21 @@ from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, all_finite, krylov_top, real_array, with_pairs
 from fantastic4.rounding import power_of_two
-from fantastic4.symbol import Grid, below, evaluate, gram, phases, symbols, turns
+from fantastic4.symbol import (
+    CHUNK_BYTES,
+    CHUNK_ENTRIES,
+    Grid,
+    at_once,
+    below,
+    evaluate,
+    gram,
+    lags,
+    phases,
+    symbols,
+    turns,
+)
 
 CIRCULAR = ConvSpec(padding="CIRCULAR")
-_CHUNK_BYTES = 2**26  # of symbols in flight
-_CHUNK_ENTRIES = 2**18  # of Gram matrices in flight
 _EXCLUDE_FROM = 24  # channels from which a Cholesky decomposition is much cheaper than singular values
 
 
@@ -74,7 +84,7 @@ def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _C
 def _map_chunks(kernels: Array, grid: Grid) -> Array:
     """Singular values at every class, ``(classes, batch, values)``, in bounded memory."""
     one = math.prod(kernels.shape[-2:]) * kernels.shape[0] * 2 * kernels.dtype.itemsize
-    size = max(1, min(len(grid.points), _CHUNK_BYTES // one))
+    size = at_once(len(grid.points), one, CHUNK_BYTES)
     return lax.map(
         lambda p: _values(symbols(kernels, p[None], grid.sizes))[0], jnp.asarray(grid.points), batch_size=size
     )
@@ -103,7 +113,7 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
     batch, *taps, c_in, c_out = kernels.shape
     n = min(c_in, c_out)
     coefficients = gram(kernels)
-    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in turns(grid.points, grid.sizes, tuple(taps)))
+    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in turns(grid.points, grid.sizes, lags(tuple(taps))))
     margin = 1 - 160 * float(jnp.finfo(kernels.dtype).eps) / 2
 
     def value(point: Array, group: Array) -> Array:
@@ -128,7 +138,7 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
     point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 8)), batch)
     point = jnp.asarray(some)[point]
     guess = _Largest(climb(at(point), min(n, 48))[0, group], point, group)
-    size = max(1, min(len(grid.points), _CHUNK_ENTRIES // (batch * n * n)))
+    size = at_once(len(grid.points), batch * n * n, CHUNK_ENTRIES)
     rows = lambda tables: excluded(guess.value, jax.tree.map(lambda t: t[None], tables))[0]  # noqa: E731
     left = ~lax.map(rows, (cosines, sines), batch_size=size)
 

@@ -37,7 +37,6 @@ from fantastic4.linalg import HIGHEST, krylov_top
 from fantastic4.rounding import gamma, unit_roundoff
 
 _STEPS = 12  # of Lanczos
-_CHUNK = 2**18  # entries of Gram matrices in flight: 4 MB, larger arrays are slower to allocate than to fill
 
 
 class _Slack(NamedTuple):
@@ -146,20 +145,16 @@ def _exact_top(gram: symbol.Gram, cosines: Array, sines: Array, group: Array) ->
 
 
 class Supremum(NamedTuple):
-    """An enclosure of the largest ‖F(ω)‖, and where the lower end is attained.
+    """An enclosure of the largest ‖F(ω)‖.
 
     Attributes:
       lower: never above it.
       upper: never below it.
-      angles: ``(rank,)``, the frequency of the lower end.
-      group: index of its kernel.
       tests: points that were tested.
     """
 
     lower: float
     upper: float
-    angles: np.ndarray
-    group: int
     tests: int
 
 
@@ -193,7 +188,7 @@ class Enclosure:
         self.cholesky_slack = slack.cholesky
         self.lag_norms = np.asarray(self.prepared.lag_norms) + self.gram_slack
         self.triangle = self.lag_norms[0] + 2 * float(self.lag_norms[1:].sum())  # of G's coefficients: λ is below
-        self.points_at_once = int(np.clip(_CHUNK // (batch * self.n**2), 1, 1024))
+        self.points_at_once = symbol.at_once(1024, batch * self.n**2, symbol.CHUNK_ENTRIES)
         self.best, self.angles, self.group = 0.0, np.zeros(len(taps)), 0
         self.vector = np.zeros(self.n, complex)
         self.tests = 0
@@ -203,7 +198,7 @@ class Enclosure:
         size = self.points_at_once
         for begin in range(0, len(points), size):
             rows = np.minimum(np.arange(begin, begin + size), len(points) - 1)
-            cosines, sines = symbol.turns(points[rows], sizes, self.taps)
+            cosines, sines = symbol.turns(points[rows], sizes, symbol.lags(self.taps))
             yield slice(begin, min(begin + size, len(points))), jnp.asarray(cosines), jnp.asarray(sines)
 
     def exceeding(self, sizes: tuple[int, ...], points: np.ndarray, threshold: float) -> np.ndarray:
@@ -296,7 +291,7 @@ class Enclosure:
         values = self.climb(sizes, points, rounds=3)
         if self.best <= before * (1 + 1e-9):
             highest = points[int(values.argmax())]
-            c, s = map(jnp.asarray, symbol.turns(highest[None], sizes, self.taps))
+            c, s = map(jnp.asarray, symbol.turns(highest[None], sizes, symbol.lags(self.taps)))
             for group in range(self.batch):
                 top = _exact_top(self.prepared.gram, c, s, jnp.asarray(group))
                 self._record(float(top.value), highest * 2 * math.pi / np.array(sizes), group, np.asarray(top.vector))
@@ -363,10 +358,10 @@ class Enclosure:
         kernel = np.asarray(self.kernels[self.group])
         if kernel.shape[-2] > kernel.shape[-1]:  # the Gram matrix was that of the outputs
             return OutputWave(self.angles, self.vector, self.group)
-        taps = np.indices(self.taps).reshape(len(self.taps), -1).T
+        taps = symbol.places(self.taps)
         symbol_here = np.tensordot(np.exp(1j * (taps @ self.angles)), kernel.reshape(len(taps), *kernel.shape[-2:]), 1)
         return OutputWave(self.angles, symbol_here.T @ self.vector.conj(), self.group)
 
     def _result(self, top: float) -> Supremum:
         upper = math.sqrt(top) * (1 + 1e-15)
-        return Supremum(math.sqrt(self.best) * (1 - 1e-15), upper, self.angles, self.group, self.tests)
+        return Supremum(math.sqrt(self.best) * (1 - 1e-15), upper, self.tests)

@@ -22,7 +22,13 @@ from jax.typing import DTypeLike
 
 from fantastic4.linalg import HIGHEST
 
-_CHUNK_BYTES = 2**26  # of symbols in flight
+CHUNK_BYTES = 2**26  # of symbols in flight
+CHUNK_ENTRIES = 2**18  # of Gram matrices in flight: larger arrays are slower to allocate than to fill
+
+
+def at_once(total: int, one: int, limit: int) -> int:
+    """How many of ``total`` things of size ``one`` fit into ``limit``: at least one."""
+    return max(1, min(total, limit // one))
 
 
 def phases(points: Array, sizes: tuple[int, ...], taps: tuple[int, ...], dtype: DTypeLike) -> tuple[Array, Array]:
@@ -136,9 +142,9 @@ def gram(kernels: Array) -> Gram:
         return times(real, real) + times(imag, imag), cross - jnp.swapaxes(cross, -1, -2)
 
     one = 4 * batch * c_in * c_out * kernels.dtype.itemsize
-    size = max(1, min(len(points), _CHUNK_BYTES // one))
+    size = at_once(len(points), one, CHUNK_BYTES)
     real, imag = lax.map(values, jnp.asarray(points), batch_size=size)
-    cosines, sines = (t.T for t in turns(points, sizes, tuple(taps)))
+    cosines, sines = (t.T for t in turns(points, sizes, lags(tuple(taps))))
     both = np.where(np.arange(len(points)) > 0, 2.0, 1.0)  # f and -f; the sizes are odd, so only 0 is its own opposite
     weight = both[:, None] * both / math.prod(sizes)
     invert = partial(jnp.einsum, "df,fbij->bdij", precision=HIGHEST)
@@ -160,14 +166,19 @@ def evaluate(coefficients: Gram, cosines: Array, sines: Array) -> Array:
     return lax.complex(at(cosines, coefficients.even), at(sines, coefficients.odd))
 
 
-def turns(points: np.ndarray, sizes: tuple[int, ...], taps: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """cos(d·ω) and sin(d·ω) at grid frequencies for every lag, ``(points, lags)`` in float64.
+def places(taps: tuple[int, ...]) -> np.ndarray:
+    """The position t of every tap, in the order of the kernel's memory: ``(Π taps, rank)``."""
+    return np.indices(taps).reshape(len(taps), -1).T
+
+
+def turns(points: np.ndarray, sizes: tuple[int, ...], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos(ω·t) and sin(ω·t) at grid frequencies for integer places or lags t, ``(points, len(at))`` in float64.
 
     The multiples are reduced in integers, so each is right to a unit or two in the last place.
     """
     whole = math.lcm(*sizes)
     steps = np.array([whole // n for n in sizes])
-    angle = 2 * np.pi / whole * ((points * steps) @ lags(taps).T % whole)
+    angle = 2 * np.pi / whole * ((points * steps) @ at.T % whole)
     return np.cos(angle), np.sin(angle)
 
 

@@ -181,7 +181,7 @@ def test_the_slack_of_a_gram_matrix_covers_what_float32_loses(taps):
         kernels = kernels.astype(np.float32)
         sizes = tuple(11 + i for i in range(len(taps)))
         points = symbol.half_grid(sizes)
-        turns = symbol.turns(points, sizes, taps)
+        turns = symbol.turns(points, sizes, symbol.lags(taps))
         flat = kernels[0].reshape(-1, c_in, c_out).astype(float)
         exact = np.tensordot(
             np.exp(2j * np.pi * points / np.array(sizes) @ np.indices(taps).reshape(len(taps), -1)), flat, 1

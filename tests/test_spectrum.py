@@ -38,7 +38,7 @@ def test_half_the_spectrum_is_computed():
 
 def test_chunks_do_not_change_the_values(monkeypatch):
     whole = np.asarray(f4.singular_values(KERNEL, (6, 5)))
-    monkeypatch.setattr(spectrum, "_CHUNK_BYTES", 7 * 3 * 4 * 8)  # seven of eighteen frequencies at a time
+    monkeypatch.setattr(spectrum, "CHUNK_BYTES", 7 * 3 * 4 * 8)  # seven of eighteen frequencies at a time
     jax.clear_caches()
     np.testing.assert_allclose(f4.singular_values(KERNEL, (6, 5)), whole, rtol=1e-5)
     jax.clear_caches()
