@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,26 +79,14 @@ class FourBounds:
 
 def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: bool) -> FourBounds:
     """Scale, maximise over the groups, spread to 2^D values, and attach the derivatives."""
-    pairs = lax.stop_gradient(pairs)
-    batch, *spatial, c_in, c_out = kernels.shape
-    taps = kernels.reshape(batch, -1, c_in, c_out)
-    if batch == 1:
-        values, inputs = pairs.values[0], pairs.inputs
-    else:
-        # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
-        poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
-        values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
-        chosen = jnp.arange(batch)[:, None] == jnp.argmax(pairs.values, axis=0)
-        inputs = pairs.inputs * chosen[:, None, :, None].astype(values.dtype)
-    each = with_pairs(values, taps, inputs, pairs.outputs)
-    best = jnp.argmin(values)
-    pick = partial(lax.dynamic_index_in_dim, index=best, keepdims=False)
-    smallest = with_pairs(pick(values, axis=0), taps, pick(inputs, axis=2), pick(pairs.outputs, axis=2))
+    top = unfolding.over_groups(lax.stop_gradient(pairs))
+    taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+    each, smallest = with_pairs(top.values, taps, top.inputs, top.outputs), unfolding.smallest(kernels, top)
 
     def finish(x: Array) -> Array:
         return round_up(x * scale, 2) if sound else x * scale
 
-    which = np.array(unfolding.distinct(tuple(spatial))[1])
+    which = np.array(unfolding.distinct(kernels.shape[1:-2])[1])
     return FourBounds(finish(each)[which], finish(smallest))
 
 

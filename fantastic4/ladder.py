@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from jax import Array, lax
 from fantastic4 import frequency, gram, unfolding
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import choice, count, entry, optional, same_kind
-from fantastic4.linalg import with_pairs
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import half_grid
 
@@ -30,18 +28,10 @@ TRAINING_METHODS = ("four", "weighted", "grid")
 
 
 def _smallest(kernels: Array, pairs: unfolding.Pairs, factors: Array) -> Array:
-    """The largest over the batch of factor · value, the smallest of those over the unfoldings, differentiable."""
+    """The smallest over the unfoldings of factor · value, the largest over the batch, differentiable."""
     pairs, factors = lax.stop_gradient((pairs, factors))
-    batch, *_, c_in, c_out = kernels.shape
-    values = pairs.values * factors
-    groups = jnp.argmax(values, axis=0)
-    tops = jnp.where(jnp.any(jnp.isnan(values), axis=0), jnp.nan, jnp.max(values, axis=0))
-    m = jnp.argmin(tops)
-    group = groups[m]
-    chosen = (jnp.arange(batch) == group).astype(kernels.dtype)[:, None, None]
-    pick = partial(lax.dynamic_index_in_dim, index=m, axis=2, keepdims=False)
-    inputs = pick(pairs.inputs) * chosen * factors[group, m]
-    return with_pairs(tops[m], kernels.reshape(batch, -1, c_in, c_out), inputs, pick(pairs.outputs))
+    scaled = pairs._replace(values=pairs.values * factors, inputs=pairs.inputs * factors[:, None, :, None])
+    return unfolding.smallest(kernels, unfolding.over_groups(scaled))
 
 
 def weighted(kernels: Array) -> Array:

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from fantastic4.dense import certified_norm, frobenius_bound
-from fantastic4.linalg import HIGHEST, unit
+from fantastic4.linalg import HIGHEST, unit, with_pairs
 from fantastic4.rounding import constant_up, round_up, unit_roundoff
 
 Axes = tuple[int, ...]
@@ -132,6 +132,26 @@ class Pairs(NamedTuple):
     values: Array
     inputs: Array
     outputs: Array
+
+
+def over_groups(pairs: Pairs) -> Pairs:
+    """Of every unfolding the largest value of the batch: ``values (m,)``, ``inputs`` zero for all other kernels."""
+    batch = len(pairs.values)
+    if batch == 1:
+        return pairs._replace(values=pairs.values[0])
+    # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
+    poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
+    values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
+    chosen = jnp.arange(batch)[:, None] == jnp.argmax(pairs.values, axis=0)
+    return pairs._replace(values=values, inputs=pairs.inputs * chosen[:, None, :, None].astype(values.dtype))
+
+
+def smallest(kernels: Array, top: Pairs) -> Array:
+    """The smallest value of `over_groups`, with the derivative of that one alone."""
+    best = jnp.argmin(top.values)
+    pick = functools.partial(lax.dynamic_index_in_dim, index=best, keepdims=False)
+    taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+    return with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
 
 
 class PowerState(NamedTuple):
