@@ -8,7 +8,7 @@ import oracle
 import pytest
 
 import fantastic4 as f4
-from fantastic4 import frequency, gram, ladder, unfolding
+from fantastic4 import frequency, gram, ladder, rounding, unfolding
 from fantastic4.bounds import METHODS
 
 SOME = ["same", "circular-small", "reflect-small", "edge-one", "stride", "groups-stride", "transposed-stride",
@@ -175,6 +175,20 @@ def test_extreme_scales_and_zero(method, scale):
     assert np.isfinite(gradient).all()
     for bad in (jnp.nan, jnp.inf):
         assert np.isnan(f(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad)))
+
+
+def test_the_slack_of_a_convolutional_gram_matrix_is_needed(monkeypatch):
+    """The worst arithmetic that the model allows: every sum of products too small by γ of its absolute values."""
+    kernel = jnp.ones((1, 3, 3, 1, 64))  # its bound is exact: 9 · √64
+    exact = gram._correlate
+
+    def worst(kernels):
+        length = int(np.prod(kernels.shape[1:-2])) * kernels.shape[-1]
+        return exact(kernels) - rounding.gamma(length, kernels.dtype) * exact(jnp.abs(kernels))
+
+    monkeypatch.setattr(gram, "_correlate", worst)
+    for iterations in (1, 2, 3):
+        assert float(gram.convolutional_bound(kernel, iterations)) >= 72
 
 
 @pytest.mark.parametrize("method", METHODS)
