@@ -140,3 +140,13 @@ def test_tnn_lies_between_the_norm_and_the_four(shape):
     assert f4.norm_interval(kernel).lower <= value <= float(f4.four_bounds(kernel).min())
     gradient = jax.grad(lambda k: f4.estimate_tnn(k, key=KEY))(jnp.asarray(kernel))
     np.testing.assert_allclose(float(jnp.vdot(gradient, kernel)), value, rtol=1e-3)
+
+
+def test_taps_that_fold_share_the_change():
+    """5×4 taps on 3×2 inputs: nothing is cropped, so the clipped kernel is the nearest layer itself, hardly shrunk."""
+    kernel, size, spec, matrix = truth_of("circular-small")
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    wanted = (u * np.minimum(s, 0.5 * s[0])) @ v
+    clipped = f4.clip_singular_values(kernel, size, 0.5 * s[0], spec)
+    ours = oracle.dense(clipped, size, padding="CIRCULAR")
+    np.testing.assert_allclose(ours, wanted, atol=2e-4 * s[0])

@@ -109,3 +109,50 @@ def test_no_overflow_on_the_way():
     truth = oracle.circular_values(kernel, (4,))[0]
     np.testing.assert_allclose(f4.exact_norm(kernel, (4,)), truth, rtol=1e-5)
     np.testing.assert_allclose(f4.singular_values(kernel, (4,))[0], truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 24, 30), (3, 2, 40, 25), (5, 24, 24)])
+@pytest.mark.parametrize("seed", range(4))
+def test_excluding_frequencies_finds_the_largest(shape, seed):
+    """From 24 channels on, nearly all frequencies are excluded unseen: never the one that is largest."""
+    assert min(shape[-2:]) >= spectrum._EXCLUDE_FROM
+    kernel = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    if seed == 3:
+        kernel[...] = kernel[(0,) * (len(shape) - 2)]  # all energy at frequency 0
+    size = (6, 7)[: len(shape) - 2]
+    truth = oracle.circular_values(kernel, size)[0]
+    np.testing.assert_allclose(f4.exact_norm(kernel, size), truth, rtol=3e-6)
+    value, gradient = jax.value_and_grad(f4.exact_norm)(jnp.asarray(kernel), size)
+    np.testing.assert_allclose(float(jnp.vdot(gradient, kernel)), value, rtol=1e-5)
+
+
+def test_excluding_frequencies_among_groups_and_ties():
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((3, 3, 24, 48)).astype(np.float32)
+    kernel[..., 24:] *= 1.01
+    truth = max(oracle.circular_values(kernel[..., 24 * g : 24 * g + 24], (5, 6))[0] for g in range(2))
+    spec = f4.ConvSpec(padding="CIRCULAR", groups=2)
+    np.testing.assert_allclose(f4.exact_norm(kernel, (5, 6), spec), truth, rtol=3e-6)
+    rotation = np.zeros((3, 3, 24, 24), np.float32)
+    rotation[1, 1] = np.linalg.qr(rng.standard_normal((24, 24)))[0]  # every singular value of every frequency is 1
+    np.testing.assert_allclose(f4.exact_norm(rotation, (4, 4)), 1, rtol=3e-6)
+    assert float(f4.exact_norm(0 * rotation, (4, 4))) == 0
+    assert np.isnan(f4.exact_norm(rotation * np.float32(np.nan), (4, 4)))
+
+
+def test_most_frequencies_are_excluded():
+    """What it is for: of a trained kernel's frequencies few are within a percent of the top. One decomposition then."""
+    decay = np.exp(-np.arange(32) / 2)
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 32, 32)) * decay + 3 * np.eye(32)
+    grid = symbol.grid((8, 8), (1, 1))
+    calls = []
+    real = spectrum._values
+    try:
+        spectrum._values = lambda s: jax.debug.callback(lambda _: calls.append(1), s.real) or real(s)
+        found = jax.jit(lambda k: spectrum._by_exclusion(k, grid).value)(jnp.asarray(kernel, jnp.float32)[None])
+        jax.block_until_ready(found)
+        jax.effects_barrier()
+    finally:
+        spectrum._values = real
+    np.testing.assert_allclose(found, oracle.circular_values(np.asarray(kernel, np.float32), (8, 8))[0], rtol=3e-6)
+    assert 1 <= len(calls) <= 4 < len(grid.points)
