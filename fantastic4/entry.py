@@ -70,8 +70,10 @@ def number(name: str, value: Any) -> Any:
     return value
 
 
-def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
+
+    With ``compiled=False`` it is only checked: for a function that is made of several compiled ones.
 
     Every keyword names a static argument (or a `number`) and the converter that checks it. All other arguments must be
     arrays, trees of arrays, or static objects such as a `ConvSpec`.
@@ -82,7 +84,8 @@ def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Cal
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        compiled = jax.jit(function, static_argnames=tuple(n for n, c in static.items() if c is not number))
+        names = tuple(n for n, c in static.items() if c is not number)
+        call = jax.jit(function, static_argnames=names) if compiled else function
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,7 +101,7 @@ def entry(**static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Cal
                             "a ConvSpec" if name == "spec" else "an array (or a tree of arrays): jnp.asarray makes one"
                         )
                         raise ValueError(f"{name} must be {wanted}, got {kind} in {function.__name__}")
-            return compiled(*given.args, **given.kwargs)
+            return call(*given.args, **given.kwargs)
 
         return checked
 

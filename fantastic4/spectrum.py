@@ -24,6 +24,7 @@ from fantastic4.rounding import power_of_two
 from fantastic4.symbol import (
     CHUNK_BYTES,
     CHUNK_ENTRIES,
+    Gram,
     Grid,
     at_once,
     below,
@@ -34,6 +35,7 @@ from fantastic4.symbol import (
     symbols,
     turns,
 )
+from fantastic4.symbol import grid as frequencies_of
 
 CIRCULAR = ConvSpec(padding="CIRCULAR")
 _EXCLUDE_FROM = 24  # channels from which a Cholesky decomposition is much cheaper than singular values
@@ -49,36 +51,35 @@ def _values(symbols: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)[..., None]
 
 
-class _Circular(NamedTuple):
+def _frequencies(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> tuple[Grid, int]:
+    """The frequencies of a circular layer, and how many singular values it has."""
+    layer = geometry(kernel.shape, spec)
+    shape = check_circular(input_shape, layer, spec)
+    grid = frequency_grid(layer, spec, shape)
+    outputs = tuple(n * s for n, s in zip(shape, layer.strides, strict=True)) if spec.transposed else grid.sizes
+    return grid, min(math.prod(shape) * layer.c_in, math.prod(outputs) * layer.c_out)
+
+
+class _Scaled(NamedTuple):
     """A circular layer, made ready for its symbol.
 
     Attributes:
       kernels: canonical, scaled by a power of two so that no intermediate value leaves the range of
         floats; zero where the kernel is not finite, for LAPACK may not return from an infinite entry.
       scale: to multiply singular values by; NaN for a kernel that is not finite.
-      grid: the frequencies.
-      total: how many singular values the layer has.
     """
 
     kernels: Array
     scale: Array
-    grid: Grid
-    total: int
 
 
-def _circular(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _Circular:
-    """The canonical kernels and the frequencies of a circular layer."""
-    kernel = real_array(kernel, "kernel")
-    layer = geometry(kernel.shape, spec)
-    shape = check_circular(input_shape, layer, spec)
-    grid = frequency_grid(layer, spec, shape)
-    outputs = tuple(n * s for n, s in zip(shape, layer.strides, strict=True)) if spec.transposed else grid.sizes
-    count = min(math.prod(shape) * layer.c_in, math.prod(outputs) * layer.c_out)
-    kernels = canonical(kernel, spec, shape).kernels
+@partial(jax.jit, static_argnames="input_shape")
+def _scaled(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _Scaled:
+    kernels = canonical(kernel, spec, input_shape).kernels
     finite = all_finite(lax.stop_gradient(kernels))
     kernels = jnp.where(finite, kernels, 0)
     scale, inverse = power_of_two(jnp.max(jnp.abs(lax.stop_gradient(kernels))))
-    return _Circular(kernels * inverse, jnp.where(finite, scale, jnp.nan), grid, count)
+    return _Scaled(kernels * inverse, jnp.where(finite, scale, jnp.nan))
 
 
 def _map_chunks(kernels: Array, grid: Grid) -> Array:
@@ -104,17 +105,16 @@ def _by_all(kernels: Array, grid: Grid) -> _Largest:
     return _Largest(jnp.max(values), *jnp.divmod(jnp.argmax(values), len(kernels)))
 
 
-def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
+def _by_exclusion(kernels: Array, coefficients: Gram, grid: Grid) -> _Largest:
     """By excluding nearly all: ‖F‖ ≤ best where the Cholesky decomposition of best² I - FFᴴ succeeds.
 
     That is a tenth of a singular value decomposition, of which a handful remain. A point is excluded
-    only if 5e-6 below the best one (in float32), far more than the rounding of FFᴴ.
+    only if 2e-6 below the best one (in float32), more than the rounding of FFᴴ.
     """
     batch, *taps, c_in, c_out = kernels.shape
     n = min(c_in, c_out)
-    coefficients = gram(kernels)
     cosines, sines = (jnp.asarray(t, kernels.dtype) for t in turns(grid.points, grid.sizes, lags(tuple(taps))))
-    margin = 1 - 160 * float(jnp.finfo(kernels.dtype).eps) / 2
+    margin = 1 - 80 * float(jnp.finfo(kernels.dtype).eps) / 2
 
     def value(point: Array, group: Array) -> Array:
         one = lax.dynamic_index_in_dim(kernels, group)
@@ -135,12 +135,13 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
 
     # A high value from some of the points, by which nearly all are excluded.
     some = np.unique(np.linspace(0, len(grid.points) - 1, 8).astype(int))
-    point, group = jnp.divmod(jnp.argmax(climb((cosines[some], sines[some]), 8)), batch)
+    rows = partial(jax.tree.map, lambda t: t[None])
+    size = at_once(len(grid.points), batch * n * n, CHUNK_ENTRIES)
+    rough = lax.map(lambda tables: climb(rows(tables), 8)[0], (cosines[some], sines[some]), batch_size=size)
+    point, group = jnp.divmod(jnp.argmax(rough), batch)
     point = jnp.asarray(some)[point]
     guess = _Largest(climb(at(point), min(n, 48))[0, group], point, group)
-    size = at_once(len(grid.points), batch * n * n, CHUNK_ENTRIES)
-    rows = lambda tables: excluded(guess.value, jax.tree.map(lambda t: t[None], tables))[0]  # noqa: E731
-    left = ~lax.map(rows, (cosines, sines), batch_size=size)
+    left = ~lax.map(lambda tables: excluded(guess.value, rows(tables))[0], (cosines, sines), batch_size=size)
 
     def visit(improve: Callable[[Array, Array], Array]) -> Callable[[Any], Any]:
         """Exclude the next point that is left, or see how high it is."""
@@ -157,10 +158,42 @@ def _by_exclusion(kernels: Array, grid: Grid) -> _Largest:
         return body
 
     waiting = lambda state: jnp.any(state[0])  # noqa: E731
-    _, left, high = lax.while_loop(waiting, visit(lambda p, g: climb(at(p), min(n, 48))[0, g]), (left, left, guess))
-    exact = high._replace(value=value(high.point, high.group))
+    others = left.at[guess.point, guess.group].set(False)
+    _, left, high = lax.while_loop(waiting, visit(lambda p, g: climb(at(p), min(n, 48))[0, g]), (others, left, guess))
+    # Lanczos from below and a Cholesky decomposition just above: as near as singular values are, where both agree.
+    agreed = below(evaluate(coefficients, *at(high.point)), high.value**2 / margin)[0, high.group]
+    exact = high._replace(value=lax.cond(agreed, lambda: high.value, lambda: value(high.point, high.group)))
     left = left.at[high.point, high.group].set(False)
     return lax.while_loop(waiting, visit(value), (left, left, exact))[2]
+
+
+_gram = jax.jit(gram)
+
+
+@partial(jax.jit, static_argnames=("sizes", "spacing"))
+def _search(kernels: Array, coefficients: Gram | None, sizes: tuple[int, ...], spacing: tuple[int, ...]) -> _Largest:
+    """The largest singular value on a grid; without the Gram matrix's coefficients by all of them."""
+    at = frequencies_of(sizes, spacing)
+    return _by_all(kernels, at) if coefficients is None else _by_exclusion(kernels, coefficients, at)
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _differentiable(kernels: Array, found: _Largest, frequency: Array, sizes: tuple[int, ...]) -> Array:
+    """The value found, with the derivative of the top pair of its symbol, held constant."""
+    constant = lax.stop_gradient(kernels)
+    batch, *taps, c_in, c_out = kernels.shape
+    # Only the derivative needs vectors: without one this decomposition is dead code.
+    left, _, right = jnp.linalg.svd(symbols(constant, frequency, sizes)[0, found.group], full_matrices=False)
+    real, imag = phases(frequency, sizes, tuple(taps), kernels.dtype)
+    # Re(uᴴ dF v) for dF = Σ_t e_t dK_t, as two real pairs.
+    inputs = lax.complex(real, imag)[0, :, None] * left[:, 0].conj()
+    outputs = right[0].conj()
+    inputs = jnp.stack([inputs.real, -inputs.imag], 1)
+    outputs = jnp.broadcast_to(jnp.stack([outputs.real, outputs.imag]), (len(inputs), 2, c_out))
+    chosen = (jnp.arange(batch) == found.group).astype(kernels.dtype)[:, None, None, None]
+    value = jnp.stack([found.value, jnp.zeros_like(found.value)])
+    spread = jnp.broadcast_to(outputs, (batch, *outputs.shape))
+    return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread))
 
 
 @entry(input_shape=sizes)
@@ -193,13 +226,15 @@ def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec 
       >>> print(f4.singular_values(identity, (2, 2)))
       [2. 2. 2. 2.]
     """
-    layer = _circular(kernel, input_shape, spec)
-    values = _map_chunks(layer.kernels, layer.grid)[layer.grid.of].ravel()
+    kernel = real_array(kernel, "kernel")
+    grid, total = _frequencies(kernel, input_shape, spec)
+    kernels, scale = _scaled(kernel, input_shape, spec)
+    values = _map_chunks(kernels, grid)[grid.of].ravel()
     # Inputs that no tap reaches, and phases that have none, add zeros.
-    return jnp.pad(-jnp.sort(-values), (0, layer.total - values.size)) * layer.scale
+    return jnp.pad(-jnp.sort(-values), (0, total - values.size)) * scale
 
 
-@entry(input_shape=sizes)
+@entry(compiled=False, input_shape=sizes)
 def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> Array:
     """The largest of `singular_values`, without sorting or keeping the others.
 
@@ -223,24 +258,15 @@ def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIR
       >>> print(round(float(f4.exact_norm(jnp.ones((3, 3, 1, 1)), (8, 8))), 4))
       9.0
     """
-    kernels, scale, grid, _ = _circular(kernel, input_shape, spec)
+    kernel = real_array(kernel, "kernel")
+    grid, _ = _frequencies(kernel, input_shape, spec)
+    kernels, scale = _scaled(kernel, input_shape, spec)
     constant = lax.stop_gradient(kernels)
-    batch, *taps, c_in, c_out = kernels.shape
-    few = min(c_in, c_out) < _EXCLUDE_FROM or len(grid.points) < 4
-    largest, point, group = _by_all(constant, grid) if few else _by_exclusion(constant, grid)
-    frequency = jnp.asarray(grid.points)[point][None]
-    # Only the derivative needs vectors: without one this decomposition is dead code.
-    left, _, right = jnp.linalg.svd(symbols(constant, frequency, grid.sizes)[0, group], full_matrices=False)
-    real, imag = phases(frequency, grid.sizes, tuple(taps), kernels.dtype)
-    # Re(uᴴ dF v) for dF = Σ_t e_t dK_t, as two real pairs.
-    inputs = lax.complex(real, imag)[0, :, None] * left[:, 0].conj()
-    outputs = right[0].conj()
-    inputs = jnp.stack([inputs.real, -inputs.imag], 1)
-    outputs = jnp.broadcast_to(jnp.stack([outputs.real, outputs.imag]), (len(inputs), 2, c_out))
-    chosen = (jnp.arange(batch) == group).astype(kernels.dtype)[:, None, None, None]
-    value = jnp.stack([largest, jnp.zeros_like(largest)])
-    spread = jnp.broadcast_to(outputs, (batch, *outputs.shape))
-    return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread)) * scale
+    few = min(kernels.shape[-2:]) < _EXCLUDE_FROM or len(grid.points) < 4
+    # Programs of their own, outside another jit: the memory of one that holds them all is new at every call.
+    found = _search(constant, None if few else _gram(constant), grid.sizes, grid.spacing)
+    frequency = jnp.asarray(grid.points)[found.point][None]
+    return _differentiable(kernels, found, frequency, grid.sizes) * scale
 
 
 class SymbolVectors(NamedTuple):
@@ -277,9 +303,9 @@ def singular_vectors(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec
     Raises:
       ValueError: what `singular_values` refuses.
     """
-    layer = _circular(kernel, input_shape, spec)
-    left, values, right = jnp.linalg.svd(
-        symbols(layer.kernels, jnp.asarray(layer.grid.points), layer.grid.sizes), full_matrices=False
-    )
-    right = jnp.swapaxes(right, -1, -2).conj()
-    return SymbolVectors(jnp.asarray(layer.grid.points), left, values * layer.scale, right)
+    kernel = real_array(kernel, "kernel")
+    grid, _ = _frequencies(kernel, input_shape, spec)
+    kernels, scale = _scaled(kernel, input_shape, spec)
+    points = jnp.asarray(grid.points)
+    left, values, right = jnp.linalg.svd(symbols(kernels, points, grid.sizes), full_matrices=False)
+    return SymbolVectors(points, left, values * scale, jnp.swapaxes(right, -1, -2).conj())

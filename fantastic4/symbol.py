@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 
 from fantastic4.linalg import HIGHEST
 
-CHUNK_BYTES = 2**26  # of symbols in flight
-CHUNK_ENTRIES = 2**18  # of Gram matrices in flight: larger arrays are slower to allocate than to fill
+CHUNK_BYTES = 2**22  # of symbols in flight: larger arrays are slower to allocate than to fill
+CHUNK_ENTRIES = 2**18  # of Gram matrices in flight, likewise
 
 
 def at_once(total: int, one: int, limit: int) -> int:
@@ -134,12 +134,15 @@ def gram(kernels: Array) -> Gram:
         kernels, c_in, c_out = jnp.swapaxes(kernels, -1, -2), c_out, c_in
     sizes = tuple(2 * k - 1 for k in taps)
     points = half_grid(sizes)
-    times = partial(jnp.einsum, "bio,bjo->bij", precision=HIGHEST)
 
     def values(point: Array) -> tuple[Array, Array]:
         real, imag = (part[0] for part in parts(kernels, point[None], sizes))
-        cross = times(imag, real)
-        return times(real, real) + times(imag, imag), cross - jnp.swapaxes(cross, -1, -2)
+        # With F = R + iI, FFᴴ = A + iB, where A = RRᵀ + IIᵀ is symmetric and B = IRᵀ - RIᵀ antisymmetric:
+        # so A + B = (R + I)Rᵀ + (I - R)Iᵀ, two products instead of three, holds both.
+        left, right = jnp.concatenate([real + imag, imag - real], -1), jnp.concatenate([real, imag], -1)
+        both = jnp.einsum("bio,bjo->bij", left, right, precision=HIGHEST)
+        turned = jnp.swapaxes(both, -1, -2)
+        return (both + turned) / 2, (both - turned) / 2
 
     one = 4 * batch * c_in * c_out * kernels.dtype.itemsize
     size = at_once(len(points), one, CHUNK_BYTES)
@@ -147,11 +150,13 @@ def gram(kernels: Array) -> Gram:
     cosines, sines = (t.T for t in turns(points, sizes, lags(tuple(taps))))
     both = np.where(np.arange(len(points)) > 0, 2.0, 1.0)  # f and -f; the sizes are odd, so only 0 is its own opposite
     weight = both[:, None] * both / math.prod(sizes)
-    invert = partial(jnp.einsum, "df,fbij->bdij", precision=HIGHEST)
-    return Gram(
-        invert(jnp.asarray(weight * cosines, kernels.dtype), real),
-        invert(jnp.asarray(weight * sines, kernels.dtype), imag),
-    )
+
+    def invert(table: np.ndarray, at: Array) -> Array:
+        # Not an einsum, whose product would be (b, i, j, d) in memory, 13 numbers apart for whoever reads a matrix.
+        one_by_one = lax.dot_general(jnp.asarray(table, kernels.dtype), at, (((1,), (0,)), ((), ())), precision=HIGHEST)
+        return jnp.swapaxes(one_by_one, 0, 1)
+
+    return Gram(invert(weight * cosines, real), invert(weight * sines, imag))
 
 
 def evaluate(coefficients: Gram, cosines: Array, sines: Array) -> Array:

