@@ -59,7 +59,8 @@ def _slack(taps: tuple[int, ...], c_in: int, c_out: int) -> _Slack:
     With T taps, L lags of the half space, n ≤ m the channel sides, A = Σ‖K[t]‖_F and sums in any order: phases are off
     by p = (32 + 32 Σk) u, reduced to a turn or not; so F by (√2 γ_{T+2} + p) A; FFᴴ, from one sum of 2m products in
     each entry of [R + I, I - R] [R, I]ᵀ (Frobenius norms √2 A and A), by 2 γ_{2m+4} A² and twice F's error times A; a
-    coefficient of G, a weighted mean of those, by twice as much and 2 (γ_{2L+4} + p) A²; G, a sum of 2L terms of at most 2A² each, by all of these and 4 L (γ_{2L+2} + p) A².
+    coefficient of G, a weighted mean of those, by twice as much and 2 (γ_{2L+4} + p) A²; G, a sum of 2L terms of ≤
+    2A² each, by all of these and 4 L (γ_{2L+2} + p) A².
     Cholesky (Higham 2002, Theorems 10.3 and 10.7, complex: γ_{2n+8} with a factor 3) is off by at most
     3 γ_{2n+8} tr(t I - G) ≤ 3 γ_{2n+8} n t.
     """

@@ -140,6 +140,13 @@ def test_excluding_frequencies_among_groups_and_ties():
     assert np.isnan(f4.exact_norm(rotation * np.float32(np.nan), (4, 4)))
 
 
+def test_exact_norm_does_not_take_lanczos_at_its_word():
+    """So many values close to the top that 48 steps end 1e-4 below it: then the singular values decide."""
+    values = 1 - (np.arange(512) / 520) ** 2
+    found = f4.exact_norm(np.diag(values).astype(np.float32)[None, None], (3, 3))
+    np.testing.assert_allclose(found, 1, rtol=2e-6)
+
+
 def test_most_frequencies_are_excluded():
     """What it is for: of a trained kernel's frequencies few are within a percent of the top. One decomposition then."""
     decay = np.exp(-np.arange(32) / 2)
