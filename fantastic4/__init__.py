@@ -4,6 +4,7 @@ from fantastic4 import dense as dense
 from fantastic4 import heuristics as heuristics
 from fantastic4 import jacobian as jacobian
 from fantastic4 import ladder as ladder
+from fantastic4 import network as network
 from fantastic4.bounds import FourBounds as FourBounds
 from fantastic4.bounds import PowerState as PowerState
 from fantastic4.bounds import bound as bound

@@ -25,10 +25,11 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds"},
+    {"network"},
     {"__init__"},
 ]
 
-PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder"}
+PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder", "network"}
 HIDDEN = {name for floor in FLOORS for name in floor} - PUBLIC_MODULES
 
 

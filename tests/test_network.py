@@ -1,0 +1,285 @@
+"""Whole params trees: kernels found, penalties, states, reports; trees of linen, NNX, Equinox and Haiku."""
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import fantastic4 as f4
+from fantastic4 import dense, ladder, network
+
+KEY = jax.random.key(0)
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i, stride in enumerate((1, 2, 1)):
+            x = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3), strides=stride, name=f"conv{i}")(x)))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Small().init(KEY, jnp.ones((1, 6, 6, 4)))["params"]
+
+
+def test_linen(params):
+    layers = network.find(params)
+    assert [layer.path for layer in layers] == ["conv0/kernel", "conv1/kernel", "conv2/kernel", "head/kernel"]
+    state = network.init(params, key=KEY, warmup=100)
+    penalty, state = network.step(params, state)
+    truth = [float(f4.four_bounds(params[f"conv{i}"]["kernel"]).min()) for i in range(3)]
+    truth.append(np.linalg.norm(np.asarray(params["head"]["kernel"]), 2))
+    by_name = state.by_name()
+    np.testing.assert_allclose([by_name[layer.path] for layer in layers], truth, rtol=1e-3)
+    np.testing.assert_allclose(penalty, sum(truth), rtol=1e-3)
+    assert state.values.shape == (4,)
+
+
+def test_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.convs = nnx.List([nnx.Conv(2, 2, (3, 3), rngs=rngs) for _ in range(2)])
+            self.out = nnx.Linear(2, 3, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    paths = ["convs/0/kernel", "convs/1/kernel", "out/kernel"]
+    graph, state = nnx.split(model)
+    for tree in (state, nnx.state(model, nnx.Param), nnx.to_pure_dict(state), model):
+        assert [layer.path for layer in network.find(tree)] == paths
+        values = network.step(tree, network.init(tree, key=KEY, warmup=60))[1].by_name()
+        np.testing.assert_allclose(
+            values["convs/1/kernel"], f4.four_bounds(model.convs[1].kernel[...]).min(), rtol=1e-3
+        )
+    gradient = jax.grad(lambda s: network.step(s, network.init(s, key=KEY))[0])(state)
+    assert float(jnp.abs(gradient["out"]["kernel"][...]).sum()) > 0
+    assert float(jnp.abs(gradient["out"]["bias"][...]).sum()) == 0
+
+
+def test_equinox():
+    keys = jax.random.split(KEY, 3)
+    model = eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(2, 3, (3, 2), key=keys[0]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.ConvTranspose2d(3, 2, 3, stride=2, key=keys[1]),
+            eqx.nn.Linear(4, 2, key=keys[2]),
+        ]
+    )
+    specs = {"layers/2/weight": f4.ConvSpec(strides=2, padding="VALID", transposed=True)}
+    state = network.init(model, key=KEY, specs=specs, warmup=100)
+    _, state = network.step(model, state)
+    values = state.by_name()
+    first = f4.from_torch(np.asarray(model.layers[0].weight))
+    np.testing.assert_allclose(values["layers/0/weight"], f4.four_bounds(first).min(), rtol=1e-3)
+    # The layer itself, column by column: Equinox's own function.
+    layer, columns = model.layers[2], []
+    for i in range(3 * 4):
+        x = jnp.zeros(12).at[i].set(1).reshape(3, 2, 2)
+        columns.append(np.ravel(layer(x) - layer(0 * x)))
+    truth = np.linalg.norm(np.stack(columns), 2)
+    bounds = network.bounds(model, network.find(model, specs=specs))
+    assert truth <= float(bounds["layers/2/weight"]) <= 3 * truth
+    np.testing.assert_allclose(values["layers/3/weight"], np.linalg.norm(model.layers[3].weight, 2), rtol=1e-3)
+
+
+def test_haiku():
+    model = hk.transform(lambda x: hk.Linear(4)(hk.Conv2D(3, 3)(x).mean((1, 2))))
+    params = model.init(KEY, jnp.ones((1, 5, 5, 2)))
+    assert [layer.path for layer in network.find(params)] == ["conv2_d/w", "linear/w"]
+
+
+def test_attention_is_made_of_matrices():
+    params = nn.MultiHeadDotProductAttention(2, qkv_features=6).init(KEY, jnp.ones((1, 5, 4)))["params"]
+    bounds = network.bounds(params, network.find(params))
+    assert set(bounds) == {f"{name}/kernel" for name in ("query", "key", "value", "out")}
+    for name, inputs in (("query", 4), ("out", 6)):
+        truth = np.linalg.norm(np.reshape(params[name]["kernel"], (inputs, -1)), 2)
+        assert truth <= float(bounds[f"{name}/kernel"]) <= 1.01 * truth
+
+
+def test_stacked_layers():
+    kernel = jax.random.normal(KEY, (5, 3, 3, 2, 4))
+    tree = {"layers": {"kernel": kernel}}
+    spec = {"layers/kernel": network.Stacked(f4.ConvSpec(groups=2))}
+    state = network.init(tree, key=KEY, specs=spec, warmup=100)
+    _, state = network.step(tree, state)
+    truth = [float(f4.four_bounds(k, f4.ConvSpec(groups=2)).min()) for k in kernel]
+    np.testing.assert_allclose(state.values, truth, rtol=1e-3)
+    assert state.names[1] == "layers/kernel[1]"
+    bounds = network.bounds(tree, network.find(tree, specs=spec))["layers/kernel"]
+    np.testing.assert_allclose(bounds, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
+def test_together_or_alone_the_numbers_are_the_same(params, method, monkeypatch):
+    """Kernels of one shape go through one vmap; each must come out as by itself."""
+    state = network.init(params, key=KEY, method=method, warmup=100)
+    assert max(map(len, state.groups)) == 3
+    together = network.step(params, state)[1].by_name()
+    monkeypatch.setattr(network, "_ALONE", 0)
+    alone = network.init(params, key=KEY, method=method, warmup=100)
+    assert max(map(len, alone.groups)) == 1
+    alone = network.step(params, alone)[1].by_name()
+    for name, value in together.items():
+        np.testing.assert_allclose(value, alone[name], rtol=1e-3)
+
+
+REDUCED = {
+    "sum": lambda b, c: np.maximum(b - c, 0),
+    "squared": lambda b, c: np.maximum(b - c, 0) ** 2,
+    "log": lambda b, c: np.maximum(np.log(b / c), 0),
+}
+
+
+@pytest.mark.parametrize("reduce", network.REDUCTIONS)
+def test_penalties(params, reduce):
+    state = network.init(params, key=KEY, warmup=100)
+    _, state = network.step(params, state)
+    values = np.asarray(state.values, np.float64)
+    plain, _ = network.step(params, state, reduce=reduce)
+    wanted = np.log(values).sum() if reduce == "log" else (values ** (2 if reduce == "squared" else 1)).sum()
+    np.testing.assert_allclose(plain, wanted, rtol=1e-3)
+    c = float(np.median(values))
+    penalty, _ = network.step(params, state, reduce=reduce, threshold=c, weights={"conv*": 0.5, "conv1/kernel": 3.0})
+    scale = np.array([3.0 if n == "conv1/kernel" else 0.5 if n.startswith("conv") else 1.0 for n in state.names])
+    np.testing.assert_allclose(penalty, (scale * REDUCED[reduce](values, c)).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("reduce", network.REDUCTIONS)
+def test_gradient_is_that_of_the_penalty(params, reduce):
+    """Against finite differences of the sound bounds' minimum, which the penalty has reached."""
+    state = network.init(params, key=KEY, warmup=300)
+    gradient = jax.grad(lambda p: network.step(p, state, reduce=reduce, threshold=0.5)[0])(params)
+    direction = jax.tree.map(lambda p: jax.random.normal(KEY, p.shape), params)
+
+    def exact(p):
+        values = [oracle_four(np.asarray(p[f"conv{i}"]["kernel"], np.float64)) for i in range(3)]
+        values.append(np.linalg.norm(np.asarray(p["head"]["kernel"], np.float64), 2))
+        return REDUCED[reduce](np.array(values), 0.5).sum()
+
+    h = 1e-4
+    shifted = [exact(jax.tree.map(lambda p, d: np.float64(p) + s * np.float64(d), params, direction)) for s in (h, -h)]
+    along = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    np.testing.assert_allclose(along, (shifted[0] - shifted[1]) / (2 * h), rtol=5e-3)
+
+
+def oracle_four(kernel):
+    h, w, i, o = kernel.shape
+    matrices = (
+        kernel.transpose(0, 3, 1, 2).reshape(h * o, w * i),
+        kernel.transpose(1, 3, 0, 2).reshape(w * o, h * i),
+        kernel.reshape(-1, o),
+        kernel.transpose(0, 1, 3, 2).reshape(-1, i),
+    )
+    return np.sqrt(h * w) * min(np.linalg.norm(m, 2) for m in matrices)
+
+
+def test_one_trace_and_no_second(params):
+    traces = []
+
+    @jax.jit
+    def train(params, state):
+        traces.append(1)
+        (penalty, state), gradient = jax.value_and_grad(lambda p: network.step(p, state, reduce="log"), has_aux=True)(
+            params
+        )
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), state, penalty
+
+    state = network.init(params, key=KEY)
+    penalties = []
+    for _ in range(4):
+        params, state, penalty = train(params, state)
+        penalties.append(float(penalty))
+    assert len(traces) == 1
+    assert penalties == sorted(penalties, reverse=True)
+
+
+def test_half_precision_and_zeros(params):
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    state = network.init(half, key=KEY, warmup=60)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
+    for tree in (half, jax.tree.map(jnp.zeros_like, half)):
+        for reduce in network.REDUCTIONS:
+            (penalty, new), gradient = jax.value_and_grad(
+                lambda p: network.step(p, state, reduce=reduce), has_aux=True
+            )(tree)
+            assert np.isfinite(penalty)
+            assert all(g.dtype == jnp.bfloat16 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+            assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(new))
+
+
+def test_ensemble_under_vmap(params):
+    many = jax.tree.map(lambda p: jnp.stack([p, 2 * p, 3 * p]), params)
+    states = jax.vmap(lambda p: network.init(p, key=KEY, warmup=60))(many)
+    penalties, _ = jax.vmap(network.step)(many, states)
+    np.testing.assert_allclose(penalties / penalties[0], [1, 2, 3], rtol=1e-3)
+
+
+def test_report_is_sound(params):
+    report = network.report(params, method="grid")
+    assert [row.name for row in report.rows] == ["conv0/kernel", "conv1/kernel", "conv2/kernel", "head/kernel"]
+    for row, i in zip(report.rows, range(3), strict=False):
+        assert row.bound >= oracle.norm(oracle.dense(np.asarray(params[f"conv{i}"]["kernel"]), (5, 5)))
+        assert row.shape == (3, 3, 4, 4)
+    assert report.rows[3].bound >= np.linalg.norm(np.asarray(params["head"]["kernel"], np.float64), 2)
+    np.testing.assert_allclose(report.product, np.prod([row.bound for row in report.rows]))
+    assert "conv0/kernel  3×3×4×4" in str(report)
+
+
+def test_selection(params):
+    assert len(network.find(params, select="conv*")) == 3
+    assert len(network.find(params, select=["conv0/*", "head/*"])) == 2
+    assert len(network.find(params, select=lambda path, leaf: leaf.ndim == 2)) == 1
+    own = {"my_weights": jnp.ones((3, 2, 2))}
+    assert network.find(own, specs={"my_weights": f4.ConvSpec()})[0].path == "my_weights"
+
+
+BAD = {
+    "no kernel found: .* this tree has bias": lambda p: network.find({"bias": jnp.ones(3)}),
+    "no kernel found": lambda p: network.find(p, select="nothing*"),
+    "a spec for 'conv9/kernel', but no such path: this tree has conv[0-2]/kernel, conv[0-2]/kernel": lambda p: (
+        network.find(p, specs={"conv9/kernel": f4.ConvSpec()})
+    ),
+    r"conv1/kernel: groups 3 must divide": lambda p: network.find(p, specs={"conv1/kernel": f4.ConvSpec(groups=3)}),
+    r"conv1/kernel: a spec is a ConvSpec, network.Dense or network.Stacked, got int": lambda p: network.find(
+        p, specs={"conv1/kernel": 3}
+    ),
+    r"head/kernel: Dense\(inputs=2\) does not split": lambda p: network.find(
+        p, specs={"head/kernel": network.Dense(2)}
+    ),
+    "belong to another tree: no conv0/kernel in this one, which has bias": lambda p: network.step(
+        {"bias": jnp.ones(2)}, network.init(p, key=KEY)
+    ),
+    r"another tree: head/kernel has shape \(4, 2\) here, \(4, 3\) there": lambda p: network.step(
+        p | {"head": {"kernel": jnp.ones((4, 2))}}, network.init(p, key=KEY)
+    ),
+    "state must be a NetworkState from network.init": lambda p: network.step(p, 3),
+    "a weight for 'tail', but no such path: the layers are .*conv0/kernel": lambda p: network.step(
+        p, network.init(p, key=KEY), weights={"tail": 2.0}
+    ),
+    "unknown reduce 'product': choose one of sum, squared, log": lambda p: network.step(
+        p, network.init(p, key=KEY), reduce="product"
+    ),
+    "unknown method 'six': choose one of four, weighted, grid": lambda p: network.init(p, key=KEY, method="six"),
+    "threshold must be a number": lambda p: network.step(p, network.init(p, key=KEY), threshold="c"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors(params, message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message](params)
+
+
+def test_dense_is_a_convolution_of_one_tap(params):
+    kernel = params["head"]["kernel"]
+    state = network.init({"kernel": kernel}, key=KEY, warmup=50)
+    value, _ = network.step({"kernel": kernel}, state)
+    np.testing.assert_allclose(value, dense.exact_norm(kernel), rtol=1e-5)
