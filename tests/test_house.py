@@ -26,6 +26,7 @@ FLOORS = [
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds"},
     {"network"},
+    {"transforms"},
     {"__init__"},
 ]
 

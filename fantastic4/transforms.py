@@ -1,0 +1,294 @@
+"""The bounds as optax transformations: a penalty's gradient, projection, clipping. The model does not change at all.
+
+Each works on the whole params tree and by path, as `fantastic4.network` does; put it into ``optax.chain``, ``masked``,
+``multi_transform`` or ``MultiSteps``. Projections come last in a chain, for they must know what will be applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from fantastic4 import network
+from fantastic4.clipping import clip_singular_values
+from fantastic4.entry import count, sizes
+from fantastic4.network import Layer, NetworkState, Select, Spec
+
+_TRIES = 8  # rounds until rounding no longer lifts a projected kernel above its limit; two are usual
+
+
+class PenaltyState(NamedTuple):
+    """State of `add_spectral_penalty`.
+
+    Attributes:
+      updates: how many so far, int32.
+      network: `fantastic4.network.NetworkState`; its ``by_name()`` is what to log.
+      penalty: the penalty at the last update, without beta.
+    """
+
+    updates: Array
+    network: NetworkState
+    penalty: Array
+
+
+def add_spectral_penalty(
+    beta: float | Array | Callable[[Array], Any],
+    *,
+    key: Array | None = None,
+    select: Select | None = None,
+    specs: Mapping[str, Spec] | None = None,
+    method: str = "four",
+    points: int | None = None,
+    warmup: int = 20,
+    reduce: str = "sum",
+    threshold: Any = None,
+    weights: Mapping[str, float] | None = None,
+    iterations: int = 1,
+) -> optax.GradientTransformation:
+    """Add beta times the gradient of `fantastic4.network.step`'s penalty to the updates.
+
+    As the published training does with loss + β Σ bound (Singla & Feizi 2021, §6). It belongs before the optimiser in a
+    chain, where updates are still gradients; for a decoupled penalty, as AdamW has for its decay, between
+    ``optax.scale_by_adam()`` and ``optax.scale_by_learning_rate(…)``. Behind a learning rate it would raise the bounds.
+
+    Args:
+      beta: a number, or a schedule: a function of the count of updates.
+      key: a ``jax.random.key`` for the start of the power iterations; ``jax.random.key(0)`` without.
+      select: which kernels, see `fantastic4.network.find`.
+      specs: their specs, likewise.
+      method: see `fantastic4.network.init`.
+      points: likewise.
+      warmup: likewise.
+      reduce: see `fantastic4.network.step`.
+      threshold: likewise.
+      weights: likewise.
+      iterations: likewise.
+
+    Returns:
+      A transformation with state `PenaltyState`; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: in ``init`` and ``update``: what `fantastic4.network` refuses, or no params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from fantastic4 import transforms
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.ones(1)}}
+      >>> tx = optax.chain(transforms.add_spectral_penalty(0.1), optax.sgd(1.0))
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> print(round(float(updates["conv"]["kernel"][0, 0, 0, 0]), 3), float(updates["conv"]["bias"][0]))
+      -0.1 -0.0
+    """
+
+    def init(params: Any) -> PenaltyState:
+        start = jax.random.key(0) if key is None else key
+        how: dict[str, Any] = {"select": select, "specs": specs, "method": method, "points": points, "warmup": warmup}
+        state = network.init(params, key=start, **how)
+        return PenaltyState(jnp.zeros((), jnp.int32), state, jnp.zeros((), state.values.dtype))
+
+    def update(updates: Any, state: PenaltyState, params: Any = None) -> tuple[Any, PenaltyState]:
+        leaves = network.leaves_at(_given(params), state.network.layers, "the layers of this optimiser state")
+
+        def penalty(leaves: Any) -> tuple[Array, NetworkState]:
+            how: dict[str, Any] = {"reduce": reduce, "threshold": threshold, "weights": weights}
+            return network.step(leaves, state.network, iterations=iterations, **how)
+
+        (value, new), gradients = jax.value_and_grad(penalty, has_aux=True)(leaves)
+        scale = beta(state.updates) if callable(beta) else beta
+        old = network.leaves_at(updates, state.network.layers, "the layers of this optimiser state")
+        added = {path: old[path] + (scale * gradients[path]).astype(old[path].dtype) for path in leaves}
+        return network.replace(updates, added), PenaltyState(optax.safe_increment(state.updates), new, value)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _given(params: Any) -> Any:
+    if params is None:
+        raise ValueError("this transformation needs the params: call tx.update(gradients, state, params)")
+    return params
+
+
+class ProjectionState(NamedTuple):
+    """State of `project_spectral_norm` and `clip_spectrum`.
+
+    Attributes:
+      updates: how many so far, int32.
+    """
+
+    updates: Array
+
+
+def project_spectral_norm(
+    maximum: float | Array,
+    *,
+    every: int = 1,
+    method: str = "four",
+    select: Select | None = None,
+    specs: Mapping[str, Spec] | None = None,
+) -> optax.GradientTransformation:
+    """Scale every kernel whose bound exceeds ``maximum`` down to it: W ← W · min(1, maximum / bound(W)).
+
+    The projection of Gouk et al. (2021), by a bound that is sound for the convolution where theirs is an estimate.
+    After every projection ``fantastic4.bound(kernel, spec, method=method)`` of what ``optax.apply_updates`` makes is
+    at most ``maximum``: the very floats are checked, in half precision too. So it must be last in its chain.
+
+    Args:
+      maximum: the limit, a positive number.
+      every: project at each ``every``-th update; a sound bound costs some tens of passes over the kernel.
+      method: of `fantastic4.bound`; matrices have their own.
+      select: which kernels, see `fantastic4.network.find`.
+      specs: their specs, likewise.
+
+    Returns:
+      A transformation with state `ProjectionState`; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: ``every`` < 1; in ``update`` what `fantastic4.network.find` refuses, or no params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fantastic4 as f4
+      >>> from fantastic4 import transforms
+      >>> params = {"kernel": jnp.ones((3, 3, 1, 1))}
+      >>> tx = optax.chain(optax.sgd(0.1), transforms.project_spectral_norm(1.0))
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> 0.999 <= float(f4.bound(optax.apply_updates(params, updates)["kernel"])) <= 1
+      True
+    """
+    _positive("maximum", maximum)
+
+    def project(layer: Layer, old: Array, given: Array) -> Array:
+        limit = jnp.asarray(maximum, jnp.promote_types(old.dtype, jnp.float32))
+        wide = jnp.promote_types(limit.dtype, given.dtype)
+        new = old.astype(wide) + given.astype(wide)
+
+        def bound_after(update: Array) -> Array:
+            after = optax.apply_updates(old, update)
+            return network.bounds({layer.path: after}, [layer], method=method)[layer.path].astype(wide)
+
+        def too_large(carry: tuple[Array, Array, Array, Array]) -> Array:
+            return jnp.any(carry[2] > limit) & (carry[3] < _TRIES)
+
+        def shrink(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            scale, _, now, tries = carry
+            # More of a margin at each try, for rounding may lift it above the limit again.
+            ratio = limit / now * jnp.maximum(1 - 2 * jnp.finfo(old.dtype).eps * 4.0**tries, 0)
+            scale = jnp.where(now > limit, scale * ratio, scale)
+            scaled = new * scale.reshape(scale.shape + (1,) * (new.ndim - scale.ndim))
+            update = (scaled - old.astype(wide)).astype(given.dtype)
+            return scale, update, bound_after(update), tries + 1
+
+        # The update is carried, not computed again: what was checked is what is applied, bit for bit.
+        first = bound_after(given)
+        carry = (jnp.ones_like(first), given, first, jnp.zeros((), jnp.int32))
+        _, update, last, _ = lax.while_loop(too_large, shrink, carry)
+        failed = jnp.any(last > limit)
+        return jnp.where(failed, -old.astype(given.dtype), update)
+
+    return _projection(project, every, lambda params: network.find(params, select=select, specs=specs))
+
+
+def clip_spectrum(
+    maximum: float | Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    every: int = 100,
+    specs: Mapping[str, Spec] | None = None,
+) -> optax.GradientTransformation:
+    """Clip the singular values of convolutions, as circular ones at their input sizes (Sedghi et al. 2019).
+
+    Each kernel is replaced by `fantastic4.clip_singular_values` of it, cropped to its own taps. Whatever a layer's own
+    padding, its spectrum is taken as that of circular padding: for zero padding the norm may come out larger, and at
+    another input size too. Last in its chain, or what follows undoes it.
+
+    Args:
+      maximum: the limit, a positive number.
+      input_shapes: for paths or globs, the spatial size of the layer's input; kernels without one are left alone.
+      every: clip at each ``every``-th update; one decomposition a frequency is expensive.
+      specs: specs of the layers, see `fantastic4.network.find`; their padding is not used.
+
+    Returns:
+      A transformation with state `ProjectionState`; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: ``every`` < 1; in ``init`` or ``update``: an input shape for a path that does not exist, for a matrix,
+        or one that the strides do not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fantastic4 as f4
+      >>> from fantastic4 import transforms
+      >>> params = {"kernel": jnp.ones((3, 3, 1, 1))}
+      >>> tx = optax.chain(optax.sgd(0.1), transforms.clip_spectrum(1.0, {"kernel": (8, 8)}, every=1))
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+      >>> clipped = optax.apply_updates(params, updates)["kernel"]
+      >>> round(float(f4.exact_norm(clipped, (8, 8))), 4)
+      1.0
+    """
+    _positive("maximum", maximum)
+    shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in input_shapes.items()}
+
+    def shape_of(layer: Layer) -> tuple[int, ...]:
+        exact = shapes.get(layer.path)
+        return exact or next(shape for glob, shape in shapes.items() if fnmatch.fnmatchcase(layer.path, glob))
+
+    def find(params: Any) -> tuple[Layer, ...]:
+        layers = network.find(params, select=list(shapes), specs=specs)
+        for glob in shapes:
+            if not any(layer.path == glob or fnmatch.fnmatchcase(layer.path, glob) for layer in layers):
+                raise ValueError(f"an input shape for {glob!r}, but no such kernel in this tree")
+        for layer in layers:
+            if layer.is_dense:
+                raise ValueError(f"{layer.path} is a matrix: clip_spectrum is for convolutions")
+        return layers
+
+    def project(layer: Layer, old: Array, given: Array) -> Array:
+        spec = dataclasses.replace(layer.conv, padding="CIRCULAR")
+        new = optax.apply_updates(old, given)
+
+        def clip(kernel: Array) -> Array:
+            return clip_singular_values(kernel, shape_of(layer), maximum, spec)
+
+        # A matrix of permutation: its transpose puts the kernels back where they came from.
+        kernels, to_leaf = layer.kernels(new), jax.linear_transpose(layer.kernels, new)
+        (clipped,) = to_leaf(lax.map(clip, kernels).astype(kernels.dtype))
+        return (clipped - old).astype(given.dtype)
+
+    return _projection(project, every, find)
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _projection(
+    project: Callable[[Layer, Array, Array], Array], every: int, find: Callable[[Any], tuple[Layer, ...]]
+) -> optax.GradientTransformation:
+    """A transformation that replaces the kernels' updates at each ``every``-th one; ``project(layer, old, update)``."""
+    every = count(1)("every", every)
+
+    def init(params: Any) -> ProjectionState:
+        find(params)
+        return ProjectionState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: ProjectionState, params: Any = None) -> tuple[Any, ProjectionState]:
+        layers = find(_given(params))
+        old = network.leaves_at(params, layers)
+        given = network.leaves_at(updates, layers, "the layers of these params")
+        counted = optax.safe_increment(state.updates)
+
+        def projected(given: dict[str, Array]) -> dict[str, Array]:
+            return {layer.path: project(layer, old[layer.path], given[layer.path]) for layer in layers}
+
+        new = projected(given) if every == 1 else lax.cond(counted % every == 0, projected, lambda x: x, given)
+        return network.replace(updates, new), ProjectionState(counted)
+
+    return optax.GradientTransformation(init, update)

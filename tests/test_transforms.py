@@ -1,0 +1,206 @@
+"""optax: the penalty's gradient, projection and clipping in real chains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import linen as nn
+
+import fantastic4 as f4
+from fantastic4 import network, transforms
+
+KEY = jax.random.key(0)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv0")(x))
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="conv1")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+NET = Net()
+X = jax.random.normal(KEY, (8, 6, 6, 2))
+Y = jnp.arange(8) % 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda p: 3 * p, NET.init(KEY, X)["params"])
+
+
+def loss(params):
+    return optax.softmax_cross_entropy_with_integer_labels(NET.apply({"params": params}, X), Y).mean()
+
+
+def train(tx, params, steps):
+    """Final params, state, and how often the step was traced."""
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    assert len(traces) == 1, "compiled more than once"
+    return params, state
+
+
+def test_penalty_is_part_of_the_loss(params):
+    """The same as differentiating loss + beta · penalty by hand."""
+    tx = optax.chain(transforms.add_spectral_penalty(0.01, key=KEY), optax.sgd(0.1))
+    ours, (state, _) = train(tx, params, 5)
+    theirs, start = params, network.init(params, key=KEY)
+    for _ in range(5):
+        (_, start), gradient = jax.value_and_grad(
+            lambda p: (lambda v: (loss(p) + 0.01 * v[0], v[1]))(network.step(p, start)),
+            has_aux=True,
+        )(theirs)
+        theirs = jax.tree.map(lambda p, g: p - 0.1 * g, theirs, gradient)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert int(state.updates) == 5
+    np.testing.assert_allclose(state.penalty, start.values.sum(), rtol=1e-4)
+
+
+def test_penalty_follows_a_schedule_and_lowers_the_bounds(params):
+    tx = optax.chain(transforms.add_spectral_penalty(optax.linear_schedule(0, 0.1, 20)), optax.adam(0.05))
+    plain, _ = train(optax.adam(0.05), params, 40)
+    ours, _ = train(tx, params, 40)
+    assert network.report(ours).product < 0.5 * network.report(plain).product
+    first, _ = train(
+        optax.chain(transforms.add_spectral_penalty(lambda count: 1.0 * (count > 0)), optax.sgd(0.1)), params, 1
+    )
+    once, _ = train(optax.sgd(0.1), params, 1)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(once), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_projection_holds_after_every_step(params, dtype):
+    """Sound: the true norms, by dense matrices in float64, of the very floats that training has."""
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    tx = optax.chain(optax.sgd(0.5), transforms.project_spectral_norm(0.9))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(6):
+        params, state = step(params, state)
+        for row in network.report(params).rows:
+            assert row.bound <= 0.9
+            # At first all are far above; later a gradient may take one below.
+            assert i or row.bound >= (0.88 if dtype == jnp.bfloat16 else 0.8999), "shrunk too far"
+        exact = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+        assert oracle.norm(oracle.dense(exact["conv0"]["kernel"], (5, 5))) <= 0.9
+        assert np.linalg.norm(exact["head"]["kernel"], 2) <= 0.9
+
+
+def test_projection_leaves_small_kernels_alone(params):
+    free, _ = train(optax.sgd(0.1), params, 3)
+    projected, _ = train(optax.chain(optax.sgd(0.1), transforms.project_spectral_norm(1e3)), params, 3)
+    for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(projected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_two_hundred_steps_of_projected_training(params):
+    tx = optax.chain(optax.adam(0.02), transforms.project_spectral_norm(1.0, every=4))
+    after, _ = train(tx, params, 200)
+    for row in network.report(after).rows:
+        assert row.bound <= 1.0 * (1 + 1e-3)
+    assert float(loss(after)) < float(loss(jax.tree.map(jnp.zeros_like, params)))
+
+
+def test_projection_waits_for_its_turn(params):
+    tx = optax.chain(optax.sgd(0.0), transforms.project_spectral_norm(0.5, every=3, select="conv*"))
+    for steps in (2, 3):
+        after, _ = train(tx, params, steps)
+        bounds = {row.name: row.bound for row in network.report(after).rows}
+        assert (bounds["conv0/kernel"] <= 0.5) is (steps == 3)
+        assert bounds["head/kernel"] > 0.5
+
+
+def test_clip_spectrum(params):
+    tx = optax.chain(optax.sgd(0.1), transforms.clip_spectrum(0.8, {"conv0/kernel": (6, 6), "conv1*": (6, 6)}, every=2))
+    before, _ = train(optax.sgd(0.1), params, 1)
+    after, _ = train(tx, params, 1)
+    np.testing.assert_allclose(before["conv0"]["kernel"], after["conv0"]["kernel"], atol=1e-7)
+    after, _ = train(tx, params, 2)
+    truth = oracle.circular_values(np.asarray(after["conv0"]["kernel"]), (6, 6))
+    assert 0.6 < truth[0] <= 0.8 * (1 + 1e-6)
+    strided = f4.singular_values(after["conv1"]["kernel"], (6, 6), f4.ConvSpec(padding="CIRCULAR"))
+    assert float(strided[0]) <= 0.8 * (1 + 1e-6)
+
+
+SGD = optax.sgd(0.1)
+WRAPPERS = {
+    "masked": lambda before, behind: optax.chain(masked(before), SGD, masked(behind)),
+    "multi_transform": lambda before, behind: optax.multi_transform(
+        {"all": optax.chain(before, SGD, behind), "none": SGD},
+        lambda p: jax.tree_util.tree_map_with_path(lambda path, _: "all" if "conv" in str(path[0]) else "none", p),
+    ),
+    "MultiSteps": lambda before, behind: optax.MultiSteps(optax.chain(before, SGD, behind), every_k_schedule=2),
+    "inject": lambda before, behind: optax.chain(before, optax.inject_hyperparams(optax.sgd)(0.1), behind),
+}
+
+
+def masked(tx):
+    return optax.masked(tx, lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("kind", ["penalty", "project", "clip"])
+def test_within_optax(params, wrapper, kind):
+    tx = {
+        "penalty": lambda: transforms.add_spectral_penalty(0.05),
+        "project": lambda: transforms.project_spectral_norm(0.7),
+        "clip": lambda: transforms.clip_spectrum(0.7, {"conv0/kernel": (6, 6)}, every=1),
+    }[kind]()
+    nothing = optax.identity()
+    free, _ = train(WRAPPERS[wrapper](nothing, nothing), params, 4)
+    after, _ = train(WRAPPERS[wrapper](*((tx, nothing) if kind == "penalty" else (nothing, tx))), params, 4)
+    value = float(f4.exact_norm(after["conv0"]["kernel"], (6, 6)))
+    assert value < float(f4.exact_norm(free["conv0"]["kernel"], (6, 6)))
+    if kind != "penalty":
+        assert value <= 0.7 * (1 + 1e-6)
+
+
+def test_equinox_order_is_kept():
+    """A kernel in PyTorch's order comes back in PyTorch's order."""
+    weight = jax.random.normal(KEY, (4, 2, 3, 3))
+    for tx in (transforms.project_spectral_norm(1.0), transforms.clip_spectrum(1.0, {"weight": (6, 6)}, every=1)):
+        updates, _ = tx.update({"weight": 0 * weight}, tx.init({"weight": weight}), {"weight": weight})
+        after = optax.apply_updates({"weight": weight}, updates)["weight"]
+        assert 0.3 < float(f4.exact_norm(f4.from_torch(np.asarray(after)), (6, 6))) <= 1 + 1e-6
+        assert float(jnp.vdot(after, weight)) > 0.5 * float(jnp.linalg.norm(after) * jnp.linalg.norm(weight))
+
+
+BAD = {
+    "needs the params: call tx.update": lambda p: transforms.project_spectral_norm(1.0).update(p, None, None),
+    "no kernel found": lambda p: transforms.project_spectral_norm(1.0).init({"bias": jnp.ones(3)}),
+    "every must be at least 1, got 0": lambda p: transforms.project_spectral_norm(1.0, every=0),
+    "maximum must be a positive number, got 0": lambda p: transforms.project_spectral_norm(0),
+    "an input shape for 'conv7', but no such kernel": lambda p: transforms.clip_spectrum(
+        1.0, {"conv0*": (6, 6), "conv7": (6, 6)}
+    ).init(p),
+    "head/kernel is a matrix": lambda p: transforms.clip_spectrum(1.0, {"head*": (6,)}).init(p),
+    "belong to another tree: no conv0/kernel": lambda p: transforms.add_spectral_penalty(1.0).update(
+        p, transforms.add_spectral_penalty(1.0).init(p), {"head": p["head"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors(params, message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message](params)
