@@ -25,8 +25,8 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds"},
-    {"network"},
-    {"transforms"},
+    {"network", "wrapping"},
+    {"linen", "nnx", "transforms"},
     {"__init__"},
 ]
 

@@ -1,0 +1,157 @@
+"""Flax linen: layers that know how much they can stretch, and may be held to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from fantastic4.wrapping import Wrapping, spec_of
+
+COLLECTION = "spectral_stats"
+LOSSES = "losses"
+
+
+def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: bool | None) -> Any:
+    """Call ``layer`` as ``module`` says, whose scope holds the state."""
+    path = "/".join((*module.path, layer.name or type(layer).__name__))
+    if not isinstance(layer, nn.Conv | nn.ConvTranspose | nn.Dense | nn.ConvLocal):
+        raise ValueError(
+            f"{path}: {type(layer).__name__} is not a Conv, ConvTranspose or Dense: wrap each of its layers, or use "
+            "fantastic4.network on the params"
+        )
+    spec = spec_of(
+        layer, path, is_dense=isinstance(layer, nn.Dense), dense_injections=("dot_general", "dot_general_cls")
+    )
+    how = Wrapping(spec, module.mode, module.maximum, module.method, module.points, module.iterations, module.warmup)
+    starting = module.is_initializing()
+    if update_stats is None:
+        update_stats = module.is_mutable_collection(COLLECTION)
+    if not starting and not module.has_variable(COLLECTION, "state"):
+        raise ValueError(
+            f"{path}: no {COLLECTION} in the variables: pass what init returned, "
+            f"model.apply({{'params': params, '{COLLECTION}': stats}}, …)"
+        )
+    found: dict[str, Any] = {}
+
+    def change(variables: Any) -> Any:
+        params = dict(variables["params"])
+        if "kernel" not in params:  # while it is being made
+            return variables
+        kernel = params["kernel"]
+        mask = getattr(layer, "mask", None)
+        used = kernel if mask is None else kernel * mask
+        state = (
+            module.get_variable(COLLECTION, "state")
+            if module.has_variable(COLLECTION, "state")
+            else how.start(used, module.make_rng("params"))
+        )
+        value, new = how.estimate(used, state)
+        # The first call of all keeps its vectors: init alone must not depend on how often it is traced.
+        found.update(value=value, state=state if starting else new)
+        return {**variables, "params": params | {"kernel": how.normalise(kernel, value)}}
+
+    def forward(layer: nn.Module) -> Any:
+        return layer(*args, **kwargs)
+
+    out = nn.map_variables(forward, trans_in_fn=change, init=starting, mutable=True)(layer)
+    if starting or update_stats:
+        module.put_variable(COLLECTION, "state", found["state"])
+        module.put_variable(COLLECTION, "bound", jnp.asarray(found["value"]))
+    if module.mode == "penalty" and not starting:
+        module.sow(LOSSES, "spectral", found["value"])
+    return out
+
+
+class SpectralBound(nn.Module):
+    """A layer with the bound of its norm, as a penalty or held to a maximum; called as ``nn.SpectralNorm`` is.
+
+    Around ``nn.Conv``, ``nn.ConvTranspose`` or ``nn.Dense``; strides, padding, groups and mask are read from it. Its
+    state is in the collection ``"spectral_stats"``: ``state``, and ``bound``, the last value, to log. The stored
+    params are never touched, and stay where they are without the wrapper.
+
+    * ``mode="penalty"`` sows the bound into the collection ``"losses"``, for whoever makes ``"losses"`` mutable.
+    * ``mode="soft"`` has the layer use kernel · min(1, maximum / bound), as SNGP does.
+    * ``mode="hard"`` has it use kernel · maximum / bound, as Miyato et al. (2018) with their heuristic.
+
+    **Of estimates**: the bound in training is that of warm-started power iteration, from below, as in
+    `fantastic4.step`; certify a trained model with `fantastic4.network.report` or `fantastic4.norm_interval`.
+
+    Attributes:
+      layer_instance: the layer.
+      mode: one of these.
+      maximum: c > 0, of ``"soft"`` and ``"hard"``.
+      method: ``"four"``, ``"weighted"`` or ``"grid"``, of `fantastic4.ladder`.
+      points: of ``"grid"``.
+      iterations: power iterations a call.
+      warmup: power iterations at ``init``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from fantastic4 import linen
+      >>> model = linen.SpectralBound(nn.Conv(4, (3, 3)))
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+      >>> y, new = model.apply(variables, jnp.ones((1, 8, 8, 2)), mutable=["spectral_stats", "losses"])
+      >>> y.shape, bool(new["losses"]["spectral"][0] > 0)
+      ((1, 8, 8, 4), True)
+    """
+
+    layer_instance: nn.Module
+    mode: str = "penalty"
+    maximum: float = 1.0
+    method: str = "four"
+    points: int | None = None
+    iterations: int = 1
+    warmup: int = 20
+
+    @nn.compact
+    def __call__(self, *args: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
+        """Call the layer.
+
+        Args:
+          *args: of the layer.
+          update_stats: whether to keep the new state; None: where ``"spectral_stats"`` is mutable. With False
+            nothing changes and equal calls give equal results.
+          **kwargs: of the layer.
+
+        Returns:
+          What the layer returns.
+
+        Raises:
+          ValueError: a layer of another kind, one with an injected convolution, or no ``"spectral_stats"``.
+        """
+        return _call(self, self.layer_instance, args, kwargs, update_stats)
+
+
+class Conv(nn.Conv):
+    """``nn.Conv`` with the bound of its norm: the fields of both, the params of ``nn.Conv``, where it has them.
+
+    See `SpectralBound` for what the further fields mean.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import linen
+      >>> conv = linen.Conv(4, (3, 3), mode="soft", maximum=1.0)
+      >>> variables = conv.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+      >>> sorted(variables["params"]), conv.apply(variables, jnp.ones((1, 8, 8, 2))).shape
+      (['bias', 'kernel'], (1, 8, 8, 4))
+    """
+
+    mode: str = "penalty"
+    maximum: float = 1.0
+    method: str = "four"
+    points: int | None = None
+    iterations: int = 1
+    warmup: int = 20
+
+    @nn.compact
+    def __call__(self, inputs: Array, update_stats: bool | None = None) -> Array:
+        """Convolve; ``update_stats`` as in `SpectralBound`."""
+        names = {field.name for field in dataclasses.fields(nn.Conv) if field.init} - {"parent", "name"}
+        layer = nn.Conv(**{name: getattr(self, name) for name in names})
+        nn.share_scope(self, layer)
+        return _call(self, layer, (inputs,), {}, update_stats)

@@ -1,0 +1,108 @@
+"""What the wrappers of linen and NNX share: a layer's state, its estimate, the kernel that it then uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fantastic4 import ladder
+from fantastic4.conv import ConvSpec
+from fantastic4.entry import choice, count, optional
+from fantastic4.frequency import GridState
+from fantastic4.unfolding import PowerState
+
+MODES = ("penalty", "soft", "hard")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapping:
+    """What a wrapper does with its layer, static.
+
+    Attributes:
+      spec: of the layer; a matrix counts as a convolution with one tap.
+      mode: ``"penalty"``, ``"soft"`` or ``"hard"``.
+      maximum: what ``"soft"`` and ``"hard"`` normalise to.
+      method: of `fantastic4.ladder`.
+      points: of its ``"grid"``.
+      iterations: of one call.
+      warmup: iterations at the start.
+    """
+
+    spec: ConvSpec
+    mode: str
+    maximum: float
+    method: str
+    points: int | None
+    iterations: int
+    warmup: int
+
+    def __post_init__(self):
+        choice(*MODES)("mode", self.mode)
+        choice(*ladder.TRAINING_METHODS)("method", self.method)
+        optional(count(1))("points", self.points)
+        count(1)("iterations", self.iterations)
+        count(0)("warmup", self.warmup)
+        if not self.maximum > 0:
+            raise ValueError(f"maximum must be a positive number, got {self.maximum!r}")
+
+    def start(self, kernel: Array, key: Array) -> dict[str, Array]:
+        """The first state, plain arrays by name."""
+        how: dict[str, Any] = {"method": self.method, "points": self.points, "warmup": self.warmup}
+        if kernel.ndim == 2:
+            how |= {"method": "four", "points": None}
+        return ladder.init(_kernel(kernel), self.spec, key=key, **how).inner._asdict()
+
+    def estimate(self, kernel: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """The bound's estimate, differentiable, and the next state."""
+        dense = kernel.ndim == 2
+        method = "four" if dense else self.method
+        kind = GridState if method == "grid" else PowerState
+        before = ladder.LadderState(kind(**state), method, None if dense else self.points)
+        value, after = ladder.step(_kernel(kernel), before, self.spec, iterations=self.iterations)
+        return value, after.inner._asdict()
+
+    def normalise(self, kernel: Array, value: Array) -> Array:
+        """The kernel that the layer is to use: ``soft`` W · min(1, c / value), ``hard`` W · c / value; 0 stays 0.
+
+        Scaled in float32 and rounded once.
+        """
+        if self.mode == "penalty":
+            return kernel
+        positive = value > 0
+        scale = self.maximum / jnp.where(positive, value, 1)
+        scale = jnp.minimum(1, scale) if self.mode == "soft" else scale
+        return (kernel * jnp.where(positive, scale, 1)).astype(kernel.dtype)
+
+
+def _kernel(kernel: Array) -> Array:
+    return kernel[None] if kernel.ndim == 2 else kernel
+
+
+def spec_of(layer: Any, path: str, *, is_dense: bool, dense_injections: tuple[str, ...]) -> ConvSpec:
+    """The spec of a Flax layer; errors name its ``path``.
+
+    Args:
+      layer: of linen or NNX.
+      path: where it is.
+      is_dense: whether it is a matrix.
+      dense_injections: fields by which a dense layer may be told to compute something else, None where it is not.
+
+    Raises:
+      ValueError: a layer that computes something else than its kernel says.
+    """
+    if is_dense:
+        for name in dense_injections:
+            if getattr(layer, name, None) not in (None, jax.lax.dot_general):
+                raise ValueError(
+                    f"{path}: {type(layer).__name__} has its own {name}: what it computes is not known; "
+                    "bound what it calls"
+                )
+        return ConvSpec()
+    try:
+        return ConvSpec.from_layer(layer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
