@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
@@ -18,50 +17,37 @@ LOSSES = "losses"
 def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: bool | None) -> Any:
     """Call ``layer`` as ``module`` says, whose scope holds the state."""
     path = "/".join((*module.path, layer.name or type(layer).__name__))
-    if not isinstance(layer, nn.Conv | nn.ConvTranspose | nn.Dense | nn.ConvLocal):
-        raise ValueError(
-            f"{path}: {type(layer).__name__} is not a Conv, ConvTranspose or Dense: wrap each of its layers, or use "
-            "fantastic4.network on the params"
-        )
-    spec = spec_of(
-        layer, path, is_dense=isinstance(layer, nn.Dense), dense_injections=("dot_general", "dot_general_cls")
-    )
+    spec = spec_of(layer, path, (nn.Conv, nn.ConvTranspose, nn.ConvLocal), nn.Dense)
     how = Wrapping(spec, module.mode, module.maximum, module.method, module.points, module.iterations, module.warmup)
-    starting = module.is_initializing()
-    if update_stats is None:
-        update_stats = module.is_mutable_collection(COLLECTION)
-    if not starting and not module.has_variable(COLLECTION, "state"):
+    if module.is_initializing():
+        layer(*args, **kwargs)  # makes the params
+    elif not module.has_variable(COLLECTION, "state"):
         raise ValueError(
             f"{path}: no {COLLECTION} in the variables: pass what init returned, "
             f"model.apply({{'params': params, '{COLLECTION}': stats}}, …)"
         )
+    if update_stats is None:
+        update_stats = module.is_mutable_collection(COLLECTION)
     found: dict[str, Any] = {}
 
     def change(variables: Any) -> Any:
         params = dict(variables["params"])
-        if "kernel" not in params:  # while it is being made
-            return variables
-        kernel = params["kernel"]
-        mask = getattr(layer, "mask", None)
+        kernel, mask = params["kernel"], getattr(layer, "mask", None)
         used = kernel if mask is None else kernel * mask
-        state = (
-            module.get_variable(COLLECTION, "state")
-            if module.has_variable(COLLECTION, "state")
-            else how.start(used, module.make_rng("params"))
-        )
-        value, new = how.estimate(used, state)
-        # The first call of all keeps its vectors: init alone must not depend on how often it is traced.
-        found.update(value=value, state=state if starting else new)
+        if module.has_variable(COLLECTION, "state"):
+            value, new = how.estimate(used, module.get_variable(COLLECTION, "state"))
+        else:
+            new = how.start(used, module.make_rng("params"))
+            value, _ = how.estimate(used, new)
+        found.update(value=value, state=new)
         return {**variables, "params": params | {"kernel": how.normalise(kernel, value)}}
 
-    def forward(layer: nn.Module) -> Any:
-        return layer(*args, **kwargs)
-
-    out = nn.map_variables(forward, trans_in_fn=change, init=starting, mutable=True)(layer)
-    if starting or update_stats:
+    # Read-only: what the layer sees is not written back to the params, not even by init.
+    out = nn.map_variables(lambda layer: layer(*args, **kwargs), trans_in_fn=change)(layer)
+    if update_stats or module.is_initializing():
         module.put_variable(COLLECTION, "state", found["state"])
-        module.put_variable(COLLECTION, "bound", jnp.asarray(found["value"]))
-    if module.mode == "penalty" and not starting:
+        module.put_variable(COLLECTION, "bound", found["value"])
+    if module.mode == "penalty" and not module.is_initializing():
         module.sow(LOSSES, "spectral", found["value"])
     return out
 

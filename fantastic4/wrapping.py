@@ -82,24 +82,31 @@ def _kernel(kernel: Array) -> Array:
     return kernel[None] if kernel.ndim == 2 else kernel
 
 
-def spec_of(layer: Any, path: str, *, is_dense: bool, dense_injections: tuple[str, ...]) -> ConvSpec:
+def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) -> ConvSpec:
     """The spec of a Flax layer; errors name its ``path``.
 
     Args:
       layer: of linen or NNX.
       path: where it is.
-      is_dense: whether it is a matrix.
-      dense_injections: fields by which a dense layer may be told to compute something else, None where it is not.
+      convolutions: the classes of convolutions.
+      dense: the class of matrices, which count as convolutions with one tap.
 
     Raises:
-      ValueError: a layer that computes something else than its kernel says.
+      ValueError: another kind of layer, a subclass with a call of its own, or an injected operation.
     """
-    if is_dense:
-        for name in dense_injections:
-            if getattr(layer, name, None) not in (None, jax.lax.dot_general):
+    name = type(layer).__name__
+    kind = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
+    if kind is None or type(layer).__call__ is not kind.__call__:
+        known = ", ".join(k.__name__ for k in (*convolutions, dense))
+        raise ValueError(
+            f"{path}: {name} is not a {known}, or has a call of its own: wrap the layers in it, or use "
+            "fantastic4.network on the params"
+        )
+    if kind is dense:
+        for field in ("dot_general", "dot_general_cls"):
+            if getattr(layer, field, None) not in (None, jax.lax.dot_general):
                 raise ValueError(
-                    f"{path}: {type(layer).__name__} has its own {name}: what it computes is not known; "
-                    "bound what it calls"
+                    f"{path}: {name} has its own {field}: what it computes is not known; bound what it calls"
                 )
         return ConvSpec()
     try:

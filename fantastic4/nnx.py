@@ -1,0 +1,155 @@
+"""Flax NNX: layers that know how much they can stretch, and may be held to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fantastic4.wrapping import Wrapping, spec_of
+
+
+@nnx.register_variable_name("spectral_stats")
+class SpectralStats(nnx.Variable):
+    """State of a `SpectralBound`: vectors of its power iteration, and its last value."""
+
+
+class SpectralBound(nnx.Module):
+    """A layer with the bound of its norm, as a penalty or held to a maximum; called as ``nnx.SpectralNorm`` is.
+
+    Around ``nnx.Conv``, ``nnx.ConvTranspose`` or ``nnx.Linear``; strides, padding, groups and mask are read from it.
+    Its state is in Variables of type `SpectralStats`. The stored kernel is never touched: a layer that is held to a
+    maximum computes with a copy.
+
+    * ``mode="penalty"``: `penalty` adds up the bounds that the last calls found.
+    * ``mode="soft"`` has the layer use kernel · min(1, maximum / bound), as SNGP does.
+    * ``mode="hard"`` has it use kernel · maximum / bound, as Miyato et al. (2018) with their heuristic.
+
+    **Of estimates**: the bound in training is that of warm-started power iteration, from below, as in
+    `fantastic4.step`; certify a trained model with `fantastic4.network.report` or `fantastic4.norm_interval`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from fantastic4 import nnx as f4nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = f4nnx.SpectralBound(nnx.Conv(2, 4, (3, 3), rngs=rngs), rngs=rngs, mode="soft")
+      >>> layer(jnp.ones((1, 8, 8, 2)), update_stats=True).shape
+      (1, 8, 8, 4)
+    """
+
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        mode: str = "penalty",
+        maximum: float = 1.0,
+        method: str = "four",
+        points: int | None = None,
+        iterations: int = 1,
+        warmup: int = 20,
+        update_stats: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        """Wrap a layer.
+
+        Args:
+          layer_instance: the layer.
+          mode: ``"penalty"``, ``"soft"`` or ``"hard"``.
+          maximum: c > 0, of ``"soft"`` and ``"hard"``.
+          method: ``"four"``, ``"weighted"`` or ``"grid"``, of `fantastic4.ladder`.
+          points: of ``"grid"``.
+          iterations: power iterations a call.
+          warmup: power iterations now.
+          update_stats: whether calls that do not say keep the new state; ``nnx.view`` and ``set_view`` change it.
+          rngs: its ``params`` stream starts the vectors.
+
+        Raises:
+          ValueError: a layer of another kind, one with an injected convolution, or an unknown option.
+        """
+        spec = spec_of(layer_instance, type(layer_instance).__name__, (nnx.Conv, nnx.ConvTranspose), nnx.Linear)
+        self.layer_instance = layer_instance
+        self.how = Wrapping(spec, mode, maximum, method, points, iterations, warmup)
+        self.update_stats = update_stats
+        kernel = self._kernel()
+        start = self.how.start(kernel, rngs.params())
+        value, _ = self.how.estimate(kernel, start)
+        self.state = nnx.data({name: SpectralStats(array) for name, array in start.items()})
+        self.bound = SpectralStats(value)
+
+    def _kernel(self) -> Array:
+        """The kernel that the layer would use."""
+        layer: Any = self.layer_instance
+        mask = getattr(layer, "mask", None)
+        return layer.kernel[...] if mask is None else layer.kernel[...] * mask
+
+    def __call__(self, *args: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
+        """Call the layer.
+
+        Args:
+          *args: of the layer.
+          update_stats: whether to keep the new state, and the bound for `penalty`. With False nothing changes and
+            equal calls give equal results.
+          **kwargs: of the layer.
+
+        Returns:
+          What the layer returns.
+        """
+        layer: Any = self.layer_instance
+        if update_stats is None:
+            update_stats = self.update_stats
+        if not update_stats and self.how.mode == "penalty":
+            return layer(*args, **kwargs)
+        value, new = self.how.estimate(self._kernel(), {name: v[...] for name, v in self.state.items()})
+        if update_stats:
+            for name, array in new.items():
+                self.state[name][...] = array
+            self.bound[...] = value
+        if self.how.mode == "penalty":
+            return layer(*args, **kwargs)
+        graph, state = nnx.split(layer)
+        variable: Any = state["kernel"]
+        state["kernel"] = variable.replace(self.how.normalise(layer.kernel[...], value))
+        copy: Any = nnx.merge(graph, state)
+        return copy(*args, **kwargs)
+
+    def set_view(self, update_stats: bool | None = None) -> None:
+        """Used by ``nnx.view``.
+
+        Args:
+          update_stats: whether calls that do not say keep the new state.
+        """
+        if update_stats is not None:
+            self.update_stats = update_stats
+
+
+def penalty(model: nnx.Module) -> Array:
+    """Sum of the bounds that the layers in ``"penalty"`` mode found in their last call that kept its state.
+
+    Call it in the loss function, after the model: then its gradient reaches the kernels.
+
+    Args:
+      model: any module.
+
+    Returns:
+      A scalar; 0 where there is no such layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from fantastic4 import nnx as f4nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = f4nnx.SpectralBound(nnx.Linear(2, 4, rngs=rngs), rngs=rngs)
+      >>> def loss(model):
+      ...     return jnp.sum(model(jnp.ones((1, 2)), update_stats=True)) + f4nnx.penalty(model)
+      >>> value, gradient = nnx.value_and_grad(loss)(model)
+      >>> gradient["layer_instance"]["kernel"].shape
+      (2, 4)
+    """
+    total = jnp.zeros(())
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, SpectralBound) and module.how.mode == "penalty":
+            total = total + jnp.sum(module.bound[...])
+    return total
