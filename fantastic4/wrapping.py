@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from fantastic4 import ladder
 from fantastic4.conv import ConvSpec
@@ -75,7 +74,9 @@ class Wrapping:
         positive = value > 0
         scale = self.maximum / jnp.where(positive, value, 1)
         scale = jnp.minimum(1, scale) if self.mode == "soft" else scale
-        return (kernel * jnp.where(positive, scale, 1)).astype(kernel.dtype)
+        # Behind a barrier, or XLA computes this scalar again for every entry of the kernel.
+        scale = lax.optimization_barrier(jnp.where(positive, scale, 1))
+        return (kernel * scale).astype(kernel.dtype)
 
 
 def _kernel(kernel: Array) -> Array:
@@ -104,7 +105,7 @@ def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) 
         )
     if kind is dense:
         for field in ("dot_general", "dot_general_cls"):
-            if getattr(layer, field, None) not in (None, jax.lax.dot_general):
+            if getattr(layer, field, None) not in (None, lax.dot_general):
                 raise ValueError(
                     f"{path}: {name} has its own {field}: what it computes is not known; bound what it calls"
                 )
