@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +62,13 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(
             f"{name} must be a tuple of ints, got {value!r}: the spatial size, without batch and channels"
         ) from None
+
+
+def mesh(name: str, value: Any) -> Mesh | None:
+    """A converter for `entry`: None, or a mesh of devices."""
+    if value is not None and not isinstance(value, Mesh):
+        raise ValueError(f"{name} must be a jax.sharding.Mesh, as jax.make_mesh returns it, got {type(value).__name__}")
+    return value
 
 
 def number(name: str, value: Any) -> Any:

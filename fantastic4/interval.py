@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from fantastic4 import border, jacobian
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.entry import count, sizes
+from fantastic4.entry import mesh as one_mesh
 from fantastic4.linalg import krylov_top, real_array
 from fantastic4.rounding import gamma
 from fantastic4.supremum import Enclosure, OutputWave
@@ -50,6 +52,7 @@ def norm_interval(
     *,
     input_shape: tuple[int, ...] | None = None,
     max_tests: int = 50_000,
+    mesh: Mesh | None = None,
 ) -> Interval:
     r"""Enclose a layer's norm, rounding included.
 
@@ -75,6 +78,7 @@ def norm_interval(
       input_shape: spatial size of the input.
       max_tests: frequencies to test, apart from the coarsest grid; past that, the ends reached so far, the upper one
         raised until it holds.
+      mesh: of devices, to give each a share of the frequencies that are tested together.
 
     Returns:
       `Interval`. 0 and 0 for a zero kernel, NaN and NaN where an entry is NaN or infinite.
@@ -100,6 +104,7 @@ def norm_interval(
         raise ValueError(f"rtol must be a positive number, got {rtol!r}")
     wanted, rtol = rtol, float(min(rtol, 1.0))
     max_tests = count(1)("max_tests", max_tests)
+    mesh = one_mesh("mesh", mesh)
     shape = None if input_shape is None else check_input_shape(sizes("input_shape", input_shape), layer)
     values = np.asarray(kernel).astype(np.float64)
     if not np.isfinite(values).all():
@@ -111,9 +116,9 @@ def norm_interval(
     scaled = np.ldexp(values, -exponent)
     with _float64():
         if shape is None:
-            lower, upper = _every_size(scaled, spec, rtol, max_tests)
+            lower, upper = _every_size(scaled, spec, rtol, max_tests, mesh)
         else:
-            lower, upper = _one_size(scaled, spec, shape, rtol, max_tests)
+            lower, upper = _one_size(scaled, spec, shape, rtol, max_tests, mesh)
     return Interval(
         _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf), bool(upper <= (1 + wanted) * lower * _UP)
     )
@@ -136,20 +141,22 @@ def _float64() -> Iterator[None]:
         yield
 
 
-def _every_size(kernel: np.ndarray, spec: ConvSpec, rtol: float, max_tests: int) -> tuple[float, float]:
+def _every_size(
+    kernel: np.ndarray, spec: ConvSpec, rtol: float, max_tests: int, mesh: Mesh | None
+) -> tuple[float, float]:
     kernels, factor = canonical(jnp.asarray(kernel), spec)
-    above = Enclosure(kernels).everywhere(rtol, max_tests)
+    above = Enclosure(kernels, mesh).everywhere(rtol, max_tests)
     below = above
     if not spec.transposed:
         # Large inputs have an interior that no border touches.
         plain = canonical(jnp.asarray(kernel), dataclasses.replace(spec, padding="VALID")).kernels
         if plain.shape != kernels.shape:
-            below = Enclosure(plain).everywhere(rtol, max_tests)
+            below = Enclosure(plain, mesh).everywhere(rtol, max_tests)
     return below.lower, above.upper * factor * (_UP if factor != 1 else 1)
 
 
 def _one_size(
-    kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...], rtol: float, max_tests: int
+    kernel: np.ndarray, spec: ConvSpec, shape: tuple[int, ...], rtol: float, max_tests: int, mesh: Mesh | None
 ) -> tuple[float, float]:
     layer = geometry(kernel.shape, spec)
     x = jax.ShapeDtypeStruct((*shape, layer.c_in), np.float64)
@@ -161,7 +168,7 @@ def _one_size(
         return _dense(kernel, spec, shape)
     best: tuple[float, Enclosure] | None = None
     for cover in border.covers(kernel.shape, spec, shape):
-        enclosure = Enclosure(canonical(jnp.asarray(kernel), cover.spec, cover.input_shape).kernels)
+        enclosure = Enclosure(canonical(jnp.asarray(kernel), cover.spec, cover.input_shape).kernels, mesh)
         # Half of it is for the lower end, whose vector is a float32 one.
         part = rtol if cover.is_layer else max(rtol / 2, 1e-5)
         circular = geometry(kernel.shape, cover.spec)

@@ -35,7 +35,7 @@ def all_finite(x: Array) -> Array:
 
 
 def unit(x: Array) -> tuple[Array, Array]:
-    """Norm of the vector ``x`` and ``x`` over its norm; a zero vector gives 0 and zeros.
+    """Norm of ``x``, an array of any shape taken as a vector, and ``x`` over its norm; zeros give 0 and zeros.
 
     Scaled by the largest entry first, so that squares neither overflow nor vanish.
     """

@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, geometry
+from fantastic4.devices import spread
 from fantastic4.entry import entry, sizes
+from fantastic4.entry import mesh as one_mesh
 from fantastic4.linalg import HIGHEST, all_finite, krylov_top, real_array, with_pairs
 from fantastic4.rounding import power_of_two
 from fantastic4.symbol import (
@@ -82,13 +85,19 @@ def _scaled(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec) -> _Sca
     return _Scaled(kernels * inverse, jnp.where(finite, scale, jnp.nan))
 
 
-def _map_chunks(kernels: Array, grid: Grid) -> Array:
-    """Singular values at every class, ``(classes, batch, values)``, in bounded memory."""
+def _map_chunks(kernels: Array, grid: Grid, mesh: Mesh | None = None) -> Array:
+    """Singular values at every class, ``(classes, batch, values)``, in bounded memory, on all devices."""
     one = math.prod(kernels.shape[-2:]) * kernels.shape[0] * 2 * kernels.dtype.itemsize
-    size = at_once(len(grid.points), one, CHUNK_BYTES)
-    return lax.map(
-        lambda p: _values(symbols(kernels, p[None], grid.sizes))[0], jnp.asarray(grid.points), batch_size=size
-    )
+
+    def share(kernels: Array, points: Array) -> Array:
+        size = at_once(len(points), one, CHUNK_BYTES)
+        return lax.map(lambda p: _values(symbols(kernels, p[None], grid.sizes))[0], points, batch_size=size)
+
+    if mesh is None:
+        return share(kernels, jnp.asarray(grid.points))
+    count = len(grid.points)
+    rows = np.minimum(np.arange(-(-count // mesh.size) * mesh.size), count - 1)
+    return spread(share, mesh, 1, 1)(kernels, jnp.asarray(grid.points[rows]))[:count]
 
 
 class _Largest(NamedTuple):
@@ -196,8 +205,10 @@ def _differentiable(kernels: Array, found: _Largest, frequency: Array, sizes: tu
     return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread))
 
 
-@entry(input_shape=sizes)
-def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> Array:
+@entry(input_shape=sizes, mesh=one_mesh)
+def singular_values(
+    kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR, *, mesh: Mesh | None = None
+) -> Array:
     """Every singular value of a circular convolution, with multiplicity.
 
     Those of F(ω) at each frequency of the grid (Sedghi, Gupta & Long 2019), right to a few units of
@@ -212,6 +223,7 @@ def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec 
       kernel: ``(*spatial, c_in // groups, c_out)``.
       input_shape: spatial size of the input (of a transposed convolution too), static.
       spec: its padding must be ``"CIRCULAR"``, and its strides divide the input.
+      mesh: of devices, to give each a share of the frequencies; without, where the kernel is.
 
     Returns:
       ``(count,)``, descending; count is the smaller side of the layer's matrix.
@@ -229,7 +241,7 @@ def singular_values(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec 
     kernel = real_array(kernel, "kernel")
     grid, total = _frequencies(kernel, input_shape, spec)
     kernels, scale = _scaled(kernel, input_shape, spec)
-    values = _map_chunks(kernels, grid)[grid.of].ravel()
+    values = _map_chunks(kernels, grid, mesh)[grid.of].ravel()
     # Inputs that no tap reaches, and phases that have none, add zeros.
     return jnp.pad(-jnp.sort(-values), (0, total - values.size)) * scale
 

@@ -21,9 +21,10 @@ Everything is float64, whatever the kernel's dtype; the rounding is bounded in `
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -31,8 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from fantastic4 import symbol
+from fantastic4.devices import size, spread
 from fantastic4.linalg import HIGHEST, krylov_top
 from fantastic4.rounding import gamma, unit_roundoff
 
@@ -104,8 +107,7 @@ def _prepare(kernels: Array) -> _Prepared:
     return _Prepared(gram, size, jnp.max(norms, axis=0) * (1 + 1e-9))
 
 
-@jax.jit
-def _below(gram: symbol.Gram, cosines: Array, sines: Array, threshold: Array) -> Array:
+def _below(gram: symbol.Gram, threshold: Array, cosines: Array, sines: Array) -> Array:
     return jnp.all(symbol.below(symbol.evaluate(gram, cosines, sines), threshold), axis=-1)
 
 
@@ -116,7 +118,6 @@ class _Top(NamedTuple):
     vector: Array
 
 
-@jax.jit
 def _climb(gram: symbol.Gram, cosines: Array, sines: Array, start: Array) -> _Top:
     """Lanczos with full orthogonalisation from ``start (points, batch, n)``, at every point and group."""
     grams = symbol.evaluate(gram, cosines, sines)
@@ -125,6 +126,12 @@ def _climb(gram: symbol.Gram, cosines: Array, sines: Array, start: Array) -> _To
     squares = jnp.sum(x.real**2 + x.imag**2, axis=-1)
     value = jnp.sum((x.conj() * apply(x)).real, axis=-1) / jnp.where(squares > 0, squares, 1)
     return _Top(value, x)
+
+
+@functools.cache
+def _compiled(mesh: Mesh | None) -> tuple[Callable[..., Array], Callable[..., _Top]]:
+    """`_below` and `_climb`, each device of the mesh with its share of the points."""
+    return spread(_below, mesh, 2, 2), spread(_climb, mesh, 1, 3)
 
 
 @jax.jit
@@ -176,8 +183,13 @@ class OutputWave(NamedTuple):
 class Enclosure:
     """Branch and bound for one batch of kernels. Host code around three compiled functions."""
 
-    def __init__(self, kernels: Array):
-        """Kernels ``(batch, *spatial, c_in, c_out)``, float64, finite, entries of at most about 1."""
+    def __init__(self, kernels: Array, mesh: Mesh | None = None):
+        """Kernels ``(batch, *spatial, c_in, c_out)``, float64, finite, entries of at most about 1.
+
+        With a ``mesh`` every batch of frequencies is divided among its devices.
+        """
+        self.below, self.climb_each = _compiled(mesh)
+        self.climb_one = _compiled(None)[1]
         batch, *taps, c_in, c_out = kernels.shape
         self.kernels, self.taps = kernels, tuple(taps)
         self.batch, self.n = batch, min(c_in, c_out)
@@ -189,18 +201,18 @@ class Enclosure:
         self.cholesky_slack = slack.cholesky
         self.lag_norms = np.asarray(self.prepared.lag_norms) + self.gram_slack
         self.triangle = self.lag_norms[0] + 2 * float(self.lag_norms[1:].sum())  # of G's coefficients: λ is below
-        self.points_at_once = symbol.at_once(1024, batch * self.n**2, symbol.CHUNK_ENTRIES)
+        self.points_at_once = size(mesh) * symbol.at_once(1024, batch * self.n**2, symbol.CHUNK_ENTRIES)
         self.best, self.angles, self.group = 0.0, np.zeros(len(taps)), 0
         self.vector = np.zeros(self.n, complex)
         self.tests = 0
 
     def _batches(self, sizes: tuple[int, ...], points: np.ndarray) -> Iterator[tuple[slice, Array, Array]]:
         """Slices of one length, the last one filled up by repetition, so that one program serves all."""
-        size = self.points_at_once
-        for begin in range(0, len(points), size):
-            rows = np.minimum(np.arange(begin, begin + size), len(points) - 1)
+        step = self.points_at_once
+        for begin in range(0, len(points), step):
+            rows = np.minimum(np.arange(begin, begin + step), len(points) - 1)
             cosines, sines = symbol.turns(points[rows], sizes, symbol.lags(self.taps))
-            yield slice(begin, min(begin + size, len(points))), jnp.asarray(cosines), jnp.asarray(sines)
+            yield slice(begin, min(begin + step, len(points))), jnp.asarray(cosines), jnp.asarray(sines)
 
     def exceeding(self, sizes: tuple[int, ...], points: np.ndarray, threshold: float) -> np.ndarray:
         """Which grid points are not certified to have λ(G) ≤ ``threshold``."""
@@ -208,7 +220,7 @@ class Enclosure:
         if test <= 0:
             return np.ones(len(points), bool)
         self.tests += len(points)
-        parts = [(s, _below(self.prepared.gram, c, d, test)) for s, c, d in self._batches(sizes, points)]
+        parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in self._batches(sizes, points)]
         return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
 
     def climb(self, sizes: tuple[int, ...], points: np.ndarray, rounds: int = 1) -> np.ndarray:
@@ -219,7 +231,7 @@ class Enclosure:
         for s, c, d in self._batches(sizes, points):
             top = _Top(jnp.zeros(()), jnp.asarray(random[0] + 1j * random[1]))
             for _ in range(rounds):
-                top = _climb(self.prepared.gram, c, d, top.vector)
+                top = self.climb_each(self.prepared.gram, c, d, top.vector)
             count = s.stop - s.start
             each = np.asarray(top.value)[:count]
             values[s] = each.max(axis=1)
@@ -255,7 +267,7 @@ class Enclosure:
             start = np.zeros((1, self.batch, self.n), complex)
             start[0, self.group] = self.vector
             c, s = self._free_turns(angles[None])
-            top = _climb(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), jnp.asarray(start))
+            top = self.climb_one(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), jnp.asarray(start))
             value = float(top.value[0, self.group])
             self._record(value, angles, self.group, np.asarray(top.vector[0, self.group]))
             if self.best <= before * (1 + 1e-6):

@@ -214,7 +214,7 @@ def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     random = jax.random.normal(key, shape, kernels.dtype)
     vectors, norms = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
     vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
-    scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel.ravel())[0])(kernels))
+    scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel)[0])(kernels))
     return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
 
 

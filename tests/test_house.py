@@ -19,7 +19,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"rounding", "linalg", "entry"},
+    {"rounding", "linalg", "entry", "devices"},
     {"conv", "dense", "symbol"},
     {"border", "unfolding", "gram", "supremum"},
     {"jacobian", "spectrum", "frequency"},

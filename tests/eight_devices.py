@@ -1,0 +1,140 @@
+"""What holds on a mesh of eight devices. Run by test_devices.py, in a process that has them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fantastic4 as f4
+from fantastic4 import linen, network, transforms
+
+KEY = jax.random.key(0)
+SHARDINGS = {
+    "replicated": P(),
+    "outputs": P(None, "model"),  # tensor parallel
+    "inputs": P("model", None),
+    "both": P("data", "model"),
+    "fsdp": P(None, ("data", "model")),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    assert jax.device_count() == 8
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def gathered(compiled, shapes):
+    """Collectives of the program that move as many numbers as one of the kernels has."""
+    sizes = {int(np.prod(shape)) for shape in shapes}
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = re.search(r"= \(?f32\[([0-9,]*)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)", line)
+        if match and int(np.prod([int(n) for n in match[1].split(",") if n])) >= min(sizes):
+            found.append(line.strip()[:160])
+    return found
+
+
+def tree():
+    """Two kernels of one shape, which are stacked, a large one, a matrix."""
+    keys = jax.random.split(KEY, 4)
+    return {
+        "a": {"kernel": jax.random.normal(keys[0], (3, 3, 32, 32))},
+        "b": {"kernel": jax.random.normal(keys[1], (3, 3, 32, 32))},
+        "c": {"kernel": jax.random.normal(keys[2], (3, 3, 64, 128))},
+        "d": {"kernel": jax.random.normal(keys[3], (256, 512))},
+    }
+
+
+def shard(params, mesh, axes):
+    def place(leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 2), *axes) if len(axes) else P()))
+
+    return jax.tree.map(place, params)
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_the_step_is_the_same_and_gathers_no_kernel(mesh, name):
+    def step(params, state):
+        return jax.value_and_grad(lambda p: network.step(p, state), has_aux=True)(params)
+
+    alone = tree()
+    start = network.init(alone, key=KEY)
+    (value, new), gradient = jax.jit(step)(alone, start)
+    params = shard(alone, mesh, SHARDINGS[name])
+    state = jax.jit(lambda p: network.init(p, key=KEY))(params)  # its vectors lie as the kernels do
+    placed = jax.tree.map(lambda p: p.sharding, params)
+    compiled = jax.jit(step, out_shardings=((None, None), placed)).lower(params, state).compile()
+    assert not gathered(compiled, [leaf.shape for leaf in jax.tree.leaves(params)])
+    (ours, advanced), theirs = compiled(params, state)
+    np.testing.assert_allclose(ours, value, rtol=1e-5)
+    np.testing.assert_allclose(advanced.values, new.values, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(theirs), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["outputs", "fsdp"])
+def test_a_train_step_with_optax(mesh, name):
+    alone, tx = tree(), optax.chain(transforms.add_spectral_penalty(0.1), optax.adam(0.01))
+
+    def train(params, state):
+        gradient = jax.tree.map(lambda p: 0.1 * p, params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = shard(alone, mesh, SHARDINGS[name]), None
+    state = jax.jit(tx.init)(params)
+    other = jax.jit(tx.init)(alone)
+    for _ in range(3):
+        params, state = jax.jit(train)(params, state)
+        alone, other = jax.jit(train)(alone, other)
+    assert params["c"]["kernel"].sharding.spec == shard(tree(), mesh, SHARDINGS[name])["c"]["kernel"].sharding.spec
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_wrapper_under_data_parallelism(mesh):
+    """Batches over the devices, params replicated: one state, the same on all."""
+    model = linen.SpectralBound(nn.Conv(8, (3, 3)), mode="hard")
+    x = jax.random.normal(KEY, (16, 8, 8, 4))
+    variables = model.init(KEY, x)
+    y, new = model.apply(variables, x, mutable=["spectral_stats"])
+    split = jax.device_put(x, NamedSharding(mesh, P(("data", "model"))))
+    whole = jax.device_put(variables, NamedSharding(mesh, P()))
+    ours, theirs = jax.jit(lambda v, x: model.apply(v, x, mutable=["spectral_stats"]))(whole, split)
+    np.testing.assert_allclose(ours, y, rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(theirs), jax.tree.leaves(new), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_spectrum_and_interval_spread_their_frequencies(mesh):
+    kernel = jax.random.normal(KEY, (3, 3, 6, 5))
+    alone = f4.singular_values(kernel, (7, 9))
+    spread = f4.singular_values(kernel, (7, 9), mesh=mesh)
+    np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-5)
+    text = jax.jit(lambda k: f4.singular_values(k, (7, 9), mesh=mesh)).lower(kernel).compile().as_text()
+    batches = {int(n) for n in re.findall(r"f32\[(\d+),1,5\]", text)}
+    assert 4 in batches  # a device's share of the 32 frequencies
+    assert 32 not in batches
+    one = f4.norm_interval(kernel, rtol=1e-4)
+    many = f4.norm_interval(kernel, rtol=1e-4, mesh=mesh)
+    assert many.reached
+    assert many.lower <= one.upper
+    assert one.lower <= many.upper
+    sized = f4.norm_interval(kernel, f4.ConvSpec(padding="CIRCULAR"), input_shape=(12, 12), mesh=mesh)
+    top = float(f4.exact_norm(kernel, (12, 12)))
+    assert sized.lower <= top * (1 + 1e-5)
+    assert top * (1 - 1e-5) <= sized.upper
+
+
+def test_a_mesh_must_be_a_mesh():
+    with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh, as jax.make_mesh returns it, got int"):
+        f4.singular_values(jnp.ones((3, 3, 1, 1)), (4, 4), mesh=8)
+    with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh"):
+        f4.norm_interval(jnp.ones((3, 3, 1, 1)), mesh="all")
