@@ -2,10 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench data fuzz clean
+.PHONY: demo examples test lint types bench data fuzz clean
 
 demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
+
+# Each of examples/, whole.
+examples: .venv/demo
+	for example in linen_train_state nnx_optimizer optax_plain gan_discriminator sngp_soft multi_host; do \
+		echo "── $$example" && $(BIN)/python -m examples.$$example || exit 1; done
 
 # Two processes, a file each; one thread of LAPACK in each, or they wait for one another's cores.
 test: .venv/test
@@ -25,6 +30,7 @@ data: .venv/demo
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.core
 	$(BIN)/python -m benchmarks.norms
+	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.report
 
 # A long hunt for a bound below the truth: FUZZ_CASES random layers, FUZZ_SEED to repeat one.

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,22 @@ def mnist_5k() -> Digits:
     table = table[np.random.default_rng(0).permutation(len(table))]
     images = (table[:, :-1] / 255).astype(np.float32).reshape(-1, 28, 28, 1)
     return Digits(images, table[:, -1].astype(np.int32))
+
+
+def split(digits: Digits, test: int | None = None) -> tuple[Digits, Digits]:
+    """All but the last ``test``, a fifth without, and those."""
+    test = len(digits.labels) // 5 if test is None else test
+    return Digits(digits.images[:-test], digits.labels[:-test]), Digits(digits.images[-test:], digits.labels[-test:])
+
+
+def batches(digits: Digits, size: int, steps: int, *, seed: int) -> Iterator[Digits]:
+    """``steps`` random batches, in epochs without repetition."""
+    rng, each = np.random.default_rng(seed), len(digits.labels) // size
+    for step in range(steps):
+        if step % each == 0:
+            order = rng.permutation(len(digits.labels))
+        chosen = order[step % each * size :][:size]
+        yield Digits(digits.images[chosen], digits.labels[chosen])
 
 
 def resnet50() -> dict[str, np.ndarray]:

@@ -24,15 +24,15 @@ import fantastic4 as f4
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; a round times each after three untimed calls of its own.
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm: int = 3) -> dict[str, float]:
+    """Median milliseconds of each; a round times each after ``warm`` untimed calls of its own.
 
     Three, because for about ten milliseconds after a call that frees much memory everything is slower.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            for _ in range(3):
+            for _ in range(warm):
                 jax.block_until_ready(call())
             begin = time.perf_counter()
             jax.block_until_ready(call())

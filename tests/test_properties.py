@@ -101,11 +101,11 @@ def check_interval(layer):
 
 
 LAWS = [
-    (check_ladder, FEW, 150),
-    (check_interval, FEW, 150),
-    (check_bounds, CHEAP, 300),
-    (check_unfoldings, PLAIN, 300),
-    (check_step, CHEAP, 200),
+    (check_ladder, FEW, 80),
+    (check_interval, FEW, 80),
+    (check_bounds, CHEAP, 180),
+    (check_unfoldings, PLAIN, 180),
+    (check_step, CHEAP, 80),
 ]
 
 
