@@ -152,7 +152,8 @@ def _nnx(kind: str, layers: list[Any]) -> tuple[Callable[..., Any], Any]:
         return f4nnx.SpectralBound(layer, mode=kind, rngs=rngs)
 
     whole: Any = nnx.List([make(*layer) for layer in layers])
-    graph, params, rest = nnx.split(whole, nnx.Param, ...)
+    parts: Any = nnx.split(whole, nnx.Param, ...)
+    graph, params, rest = parts
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
         model: Any = nnx.merge(graph, params, state)

@@ -55,7 +55,7 @@ def main(digits: data.Digits, steps: int = 300) -> network.Report:
     """Train on four fifths of the digits, test on the others."""
     train, test = data.split(digits)
     model = CNN()
-    variables = model.init(jax.random.key(0), train.images[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), train.images[:1])
     state = TrainState.create(apply_fn=model.apply, tx=optax.adam(2e-3), **variables)
     for batch in data.batches(train, 100, steps, seed=0):
         state, loss = train_step(state, *batch)

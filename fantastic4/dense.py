@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from fantastic4.entry import count, entry, same_kind
-from fantastic4.linalg import HIGHEST, all_finite, real_array, unit, with_pairs
+from fantastic4.linalg import HIGHEST, all_finite, generic, real_array, unit, with_pairs
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
 
 _SQUARINGS = 20  # at most; rank^(2^-21) is 1.000004 for rank 10,000
@@ -115,14 +114,51 @@ def certified_norm(matrix: Array, squarings: int | None = None) -> Certified:
       matrices that small.
     """
     rows, columns = matrix.shape
-    dtype = matrix.dtype
     if matrix.size == 0:
-        return Certified(jnp.zeros((), dtype), jnp.zeros(rows, dtype), jnp.zeros(columns, dtype))
-    finite = all_finite(matrix)
-    largest = jnp.max(jnp.abs(matrix))
-    scale, inverse = power_of_two(largest)
-    tall = (matrix if rows >= columns else matrix.T) * inverse  # the Gram matrix is of the short side
-    n = tall.shape[1]
+        empty = jnp.zeros((), matrix.dtype)
+        return Certified(empty, jnp.zeros(rows, matrix.dtype), jnp.zeros(columns, matrix.dtype))
+    size = sizing(matrix)
+    tall = (matrix if rows >= columns else matrix.T) * size.inverse  # the Gram matrix is of the short side
+    found = certified_tall(tall, squarings)
+    found = found._replace(bound=size.restore(found.bound))
+    return found if rows >= columns else Certified(found.bound, found.right, found.left)
+
+
+class Sizing(NamedTuple):
+    """What an array must be multiplied by before it is squared, and what undoes it.
+
+    Attributes:
+      scale: a power of two near the largest entry.
+      inverse: one over it.
+      lost: norm of what a compiler may flush to zero.
+      finite: whether no entry is NaN or infinite.
+      zero: whether all are zero, or flushed.
+    """
+
+    scale: Array
+    inverse: Array
+    lost: Array
+    finite: Array
+    zero: Array
+
+    def restore(self, bound: Array) -> Array:
+        """The bound of the array, from that of the scaled one; NaN if an entry is NaN or infinite."""
+        value = jnp.where(self.zero, self.lost, round_up(bound * self.scale, 2) + self.lost)
+        return jnp.where(self.finite, value, jnp.nan)
+
+
+def sizing(array: Array) -> Sizing:
+    """Scale of an array of any shape, the same for all its unfoldings."""
+    largest = jnp.max(jnp.abs(array))
+    return Sizing(*power_of_two(largest), subnormal_norm(array), all_finite(array), ~(largest > 0))
+
+
+def certified_tall(tall: Array, squarings: int | None = None) -> Certified:
+    """`certified_norm` of a matrix with no fewer rows than columns whose entries are at most 2 in size.
+
+    NaN or anything for other matrices: `Sizing` knows which those are.
+    """
+    dtype, n = tall.dtype, tall.shape[1]
     gram = _gram(tall)
 
     def record(state: _Powers, gram: Array) -> _Powers:
@@ -155,16 +191,17 @@ def certified_norm(matrix: Array, squarings: int | None = None) -> Certified:
 
     bound = round_up(jnp.sqrt(_sum_squares(end.power)), 8)
     bound = lax.fori_loop(0, end.steps, unwind, bound)
-    bound = round_up(bound * scale, 2) + subnormal_norm(matrix)
-    bound = jnp.where(largest > 0, bound, subnormal_norm(matrix))
-    bound = jnp.where(finite, bound, jnp.nan)
+
+    def climb(_: int, vector: Array) -> Array:
+        image = jnp.matmul(end.power, vector, precision=HIGHEST)
+        return image / jnp.maximum(jnp.max(jnp.abs(image)), jnp.finfo(dtype).tiny)
 
     # A power this high is nearly a projection onto the top singular space, and its largest column nearly
     # lies in it. Eight more products raise the power ninefold, at the cost of vectors.
     column = end.power[:, jnp.argmax(jnp.diagonal(end.power))]
-    _, short = lax.fori_loop(0, 8, lambda _, x: unit(jnp.matmul(end.power, x[1], precision=HIGHEST)), unit(column))
+    _, short = unit(lax.fori_loop(0, 8, climb, column))
     _, long = unit(jnp.matmul(tall, short, precision=HIGHEST))
-    return Certified(bound, long, short) if rows >= columns else Certified(bound, short, long)
+    return Certified(bound, long, short)
 
 
 def _dense_kernel(kernel: Array) -> Array:
@@ -262,7 +299,7 @@ def init(kernel: Array, *, key: Array, warmup: int = 20) -> PowerState:
       `PowerState`.
     """
     kernel = _dense_kernel(kernel)
-    _, vector = unit(jax.random.normal(key, (kernel.shape[1],), kernel.dtype))
+    _, vector = unit(generic(key, (kernel.shape[1],), kernel.dtype))
     return step(kernel, PowerState(vector), iterations=warmup)[1] if warmup else PowerState(vector)
 
 

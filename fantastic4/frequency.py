@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from fantastic4 import unfolding
 from fantastic4.dense import frobenius_bound
-from fantastic4.linalg import HIGHEST, with_pairs
+from fantastic4.linalg import HIGHEST, generic, with_pairs
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import CHUNK_BYTES, at_once, half_grid, places, turns
 
@@ -149,7 +149,7 @@ class GridState(NamedTuple):
 def start(key: Array, kernels: Array, points: int) -> GridState:
     """Random vectors for `power_step` at so many frequencies."""
     shape = (len(kernels), points, 2, kernels.shape[-1])
-    return GridState(_normalise(jax.random.normal(key, shape, kernels.dtype))[1])
+    return GridState(_normalise(generic(key, shape, kernels.dtype))[1])
 
 
 def _normalise(x: Array) -> tuple[Array, Array]:

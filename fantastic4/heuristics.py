@@ -23,7 +23,7 @@ from fantastic4 import dense, frequency, jacobian
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.entry import count, entry, number, same_kind, sizes
-from fantastic4.linalg import HIGHEST, real_array, unit
+from fantastic4.linalg import HIGHEST, generic, real_array, unit
 from fantastic4.spectrum import CIRCULAR
 from fantastic4.symbol import Grid
 
@@ -127,7 +127,7 @@ def ryu_init(
     kernel = real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
     shape = (*check_input_shape(input_shape, layer), layer.c_in)
-    vector = unit(jax.random.normal(key, shape, kernel.dtype).ravel())[1].reshape(shape)
+    vector = unit(generic(key, shape, kernel.dtype).ravel())[1].reshape(shape)
     return ryu_step(kernel, RyuState(vector), spec, iterations=warmup)[1] if warmup else RyuState(vector)
 
 

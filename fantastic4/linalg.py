@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 HIGHEST = lax.Precision.HIGHEST
 """On a GPU or TPU the default for float32 is a product with 8 to 11 bits: no bound survives that."""
@@ -43,6 +45,29 @@ def unit(x: Array) -> tuple[Array, Array]:
     scaled = x / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(scaled * scaled))
     return norm * largest, scaled / jnp.where(norm > 0, norm, 1)
+
+
+def generic(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Numbers in [-1, 1) without pattern, from a ``jax.random.key``: to start a power iteration from.
+
+    The bits of the key and an index, mixed as MurmurHash3 ends. ``jax.random`` would take 0.7 s to compile for each
+    shape, and be no better for this.
+    """
+
+    def mix(x: Array) -> Array:
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    # A sum over the axes, not a reshaped range: sharded arrays make their own parts of it.
+    bits = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        bits = bits + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    words = jax.random.key_data(key).astype(jnp.uint32).ravel()
+    for i in range(len(words)):
+        bits = mix(bits * jnp.uint32(0x9E3779B9) + words[i] + jnp.uint32(0x7F4A7C15))
+    return (mix(bits) >> 8).astype(dtype) * 2.0**-23 - 1
 
 
 def _top_vector(matrices: Array) -> Array:

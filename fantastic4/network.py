@@ -147,8 +147,8 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     Args:
       params: any pytree.
       select: which of them: a glob on the path (``"*Conv*"``), several, or a function of path and leaf.
-      specs: for paths or globs, a `ConvSpec`, `Dense` or `Stacked`. A leaf that is named here is a kernel whatever
-        its own name.
+      specs: for paths or globs, a `ConvSpec`, `Dense` or `Stacked`; an exact path goes before a glob, a glob before
+        those after it. What is named here is a kernel whatever its own name; globs pass over leaves with one axis.
 
     Returns:
       A `Layer` each, in the order of the tree.
@@ -168,10 +168,10 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     for words, leaf in _leaves(params):
         path = "/".join(words)
         seen.append(path)
-        given = next((glob for glob in specs if glob == path), None) or next(
-            (glob for glob in specs if fnmatch.fnmatchcase(path, glob)), None
-        )
-        unused -= {glob for glob in specs if glob == path or fnmatch.fnmatchcase(path, glob)}
+        # A glob passes over biases and scales, which have one axis; a path is taken at its word.
+        fits = [glob for glob in specs if glob == path or (leaf.ndim > 1 and fnmatch.fnmatchcase(path, glob))]
+        given = path if path in fits else next(iter(fits), None)
+        unused -= set(fits)
         spec = specs[given] if given is not None else _guess(words, leaf.shape)
         if spec is None or (select is not None and not _matches(select, path, leaf)):
             continue
@@ -314,15 +314,15 @@ def init(
     leaves, groups = leaves_at(params, layers), _groups(layers)
     method, points = choice(*ladder.TRAINING_METHODS)("method", method), optional(count(1))("points", points)
     inner = []
-    for number_, group in enumerate(groups):
+    for group in groups:
         members = [layers[i] for i in group]
         kernels = _stack(leaves, members)
-        keys = jax.random.split(jax.random.fold_in(key, number_), len(kernels))
         how: dict[str, Any] = {"method": method, "points": points, "warmup": warmup}
         if members[0].is_dense:
             how |= {"method": "four", "points": None}
-        start = lambda kernel, key: ladder.init(kernel, members[0].conv, key=key, **how)  # noqa: B023, E731
-        inner.append(_each(start, kernels, keys))
+        # All from one key: a start must not be orthogonal to a top vector, it need not differ from the others.
+        start = lambda kernel: ladder.init(kernel, members[0].conv, key=key, **how)  # noqa: B023, E731
+        inner.append(_each(start, kernels))
     state = NetworkState(tuple(inner), jnp.zeros(0), layers, groups)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves.values()))
     return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.nan, dtype))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fantastic4.dense import certified_norm, frobenius_bound
-from fantastic4.linalg import HIGHEST, unit, with_pairs
+from fantastic4.dense import Certified, certified_tall, frobenius_bound, sizing
+from fantastic4.linalg import HIGHEST, generic, unit, with_pairs
 from fantastic4.rounding import constant_up, round_up, unit_roundoff
 
 Axes = tuple[int, ...]
@@ -211,7 +211,7 @@ def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
 def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `power_step`, scaled by the Frobenius norms of the kernels, near enough to start."""
     shape = state_shape(kernels, repeats)
-    random = jax.random.normal(key, shape, kernels.dtype)
+    random = generic(key, shape, kernels.dtype)
     vectors, norms = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
     vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
     scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel)[0])(kernels))
@@ -327,7 +327,7 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
 
 
 def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
-    """`certified_norm` of each distinct unfolding, of its own array of the shape of ``kernels``."""
+    """`fantastic4.dense.certified_norm` of each distinct unfolding, of its own array of the shape of ``kernels``."""
     batch, *spatial, c_in, c_out = kernels.shape
     taps = math.prod(spatial)
 
@@ -336,10 +336,33 @@ def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
         full = jnp.broadcast_to(vector.reshape(batch, *shape, channels), (batch, *spatial, channels))
         return full.reshape(batch, taps, channels)
 
-    values, inputs, outputs = [], [], []
-    for axes, array in zip(distinct(tuple(spatial))[0], matrices_of, strict=True):
-        bound, left, right = jax.vmap(certified_norm)(unfold(array, axes))
-        values.append(bound)
-        inputs.append(spread(right, others(tuple(spatial), axes), c_in))
-        outputs.append(spread(left, axes, c_out))
-    return Pairs(jnp.stack(values, 1), jnp.stack(inputs, 2), jnp.stack(outputs, 2))
+    kinds = distinct(tuple(spatial))[0]
+    # Scaled before they are unfolded: the entries of an array are those of all its unfoldings.
+    sizings = {id(array): jax.vmap(sizing)(array) for array in matrices_of}
+    size = [sizings[id(array)] for array in matrices_of]
+    scaled = [
+        array * s.inverse.reshape(batch, *(1,) * (array.ndim - 1)) for array, s in zip(matrices_of, size, strict=True)
+    ]
+    matrices = [unfold(array, axes) for axes, array in zip(kinds, scaled, strict=True)]
+    tall = [m if m.shape[1] >= m.shape[2] else jnp.swapaxes(m, 1, 2) for m in matrices]
+    # Those of one shape share one program, R and S at least; one after the other, each with as many steps as it needs.
+    every = _alone(certified_tall) if batch == 1 else jax.vmap(certified_tall)
+    found: dict[int, Certified] = {}
+    for shape in {m.shape: None for m in tall}:
+        same = [i for i, m in enumerate(tall) if m.shape == shape]
+        together = lax.map(every, jnp.stack([tall[i] for i in same]))
+        for place, i in enumerate(same):
+            part = jax.tree.map(lambda x: x[place], together)  # noqa: B023
+            found[i] = part if tall[i] is matrices[i] else part._replace(left=part.right, right=part.left)
+    certified = [found[i]._replace(bound=size[i].restore(found[i].bound)) for i in range(len(kinds))]
+    pairs = list(zip(kinds, certified, strict=True))
+    return Pairs(
+        jnp.stack([c.bound for c in certified], 1),
+        jnp.stack([spread(c.right, others(tuple(spatial), axes), c_in) for axes, c in pairs], 2),
+        jnp.stack([spread(c.left, axes, c_out) for axes, c in pairs], 2),
+    )
+
+
+def _alone(function: Callable[[Array], Certified]) -> Callable[[Array], Certified]:
+    """``vmap`` for a batch of one: the loop inside then copies nothing to hold back what has already stopped."""
+    return lambda batch: jax.tree.map(lambda x: x[None], function(batch[0]))

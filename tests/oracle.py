@@ -45,6 +45,23 @@ def dense(kernel, input_shape, **spec):
     return np.asarray(y, np.float64).reshape(size, -1).T
 
 
+def line(taps, size, *, padding="SAME", strides=1, dilation=1):
+    """`dense` of a 1-D layer with one channel, in NumPy alone: pad the identity, then add up its rows."""
+    taps = np.asarray(taps, np.float64).ravel()
+    extent = (len(taps) - 1) * dilation + 1
+    modes = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
+    if padding == "SAME":
+        total = max((-(-size // strides) - 1) * strides + extent - size, 0)
+        pads = (total // 2, total - total // 2)
+    elif padding in modes:
+        pads = ((extent - 1) // 2, extent // 2)
+    else:
+        pads = {"VALID": (0, 0), "CAUSAL": (extent - 1, 0)}.get(padding, (padding, padding))
+    rows = np.pad(np.eye(size), (pads, (0, 0)), mode=modes.get(padding, "constant"))
+    starts = range(0, len(rows) - extent + 1, strides)
+    return np.array([sum(w * rows[s + t * dilation] for t, w in enumerate(taps)) for s in starts]).reshape(-1, size)
+
+
 def norm(matrix):
     """Largest singular value in float64; 0 for an empty matrix."""
     return float(np.linalg.norm(np.asarray(matrix, np.float64), 2)) if 0 not in np.shape(matrix) else 0.0

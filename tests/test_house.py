@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
@@ -86,10 +85,9 @@ def test_code_of_the_docs_runs(page):
         exec(compile(block, page, "exec"), names)
 
 
-def test_tables_of_the_docs_are_the_measured_ones():
-    figures = json.loads((ROOT / "benchmarks" / "results" / "norms-cpu.json").read_text())
-    page = (ROOT / "docs" / "methods.md").read_text()
-    assert report.fill(page, report.tables(figures)) == page, "run python -m benchmarks.report"
+@pytest.mark.parametrize("page", report.PAGES)
+def test_tables_of_the_docs_are_the_measured_ones(page):
+    assert report.filled(page) == (ROOT / "docs" / page).read_text(), "run python -m benchmarks.report"
 
 
 def test_readme_shows_the_train_step_of_the_demo():

@@ -1,5 +1,7 @@
 """Cases × methods × claims: every sound method is never below, as tight as promised; every step follows it."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from fantastic4.bounds import METHODS
 
 SOME = ["same", "circular-small", "reflect-small", "edge-one", "stride", "groups-stride", "transposed-stride",
         "1d-causal", "3d"]  # fmt: skip
-PLAIN = {"square": (3, 3, 4, 6), "even": (2, 4, 5, 3), "1d": (5, 3, 3), "3d": (2, 3, 2, 2, 2)}
+PLAIN = {"2d": (2, 4, 5, 3), "1d": (5, 3, 3), "3d": (2, 3, 2, 2, 2)}
 
 
 def sup(kernel):
@@ -39,13 +41,19 @@ def worst_gap(method, shape):
     return 1.02 * gaps[method]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@functools.cache
+def truth_of(name, kind):
+    _, size, spec = cases.LAYERS[name]
+    return oracle.norm(oracle.dense(cases.kernel(name, kind), size, **spec))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "four"])  # that is four_bounds, which has every layer
 @pytest.mark.parametrize("name", SOME)
 def test_never_below_the_layer(name, method):
-    shape, size, spec = cases.LAYERS[name]
+    spec = cases.LAYERS[name][2]
     for kind in cases.KINDS:
         kernel = cases.kernel(name, kind)
-        truth = oracle.norm(oracle.dense(kernel, size, **spec))
+        truth = truth_of(name, kind)
         value = float(f4.bound(kernel, f4.ConvSpec(**spec), method=method))
         assert value >= truth, f"{kind}: {value!r} < {truth!r}"
 
@@ -69,14 +77,14 @@ def test_gradient_is_that_of_finite_differences(method):
     kernel = jnp.asarray(cases.draw(np.random.default_rng(5), (3, 2, 3, 4), "normal"))
     direction = jnp.asarray(cases.draw(np.random.default_rng(6), (3, 2, 3, 4), "normal"))
     f = lambda k: f4.bound(k, method=method)
-    _, slope = jax.jit(lambda k, d: jax.jvp(f, (k,), (d,)))(kernel, direction)
-    reverse = jnp.vdot(jax.jit(jax.grad(f))(kernel), direction)
+    all_of_it = jax.jit(lambda k, d: (*jax.jvp(f, (k,), (d,)), jnp.vdot(jax.grad(f)(k), d)))
+    _, slope, reverse = all_of_it(kernel, direction)
     np.testing.assert_allclose(slope, reverse, rtol=1e-4, atol=1e-4)
     if method == "weighted":
         return  # its weights are constants in the gradient, and move with the kernel
     h = 1e-2
-    numeric = (float(f(kernel + h * direction)) - float(f(kernel - h * direction))) / (2 * h)
-    np.testing.assert_allclose(slope, numeric, rtol=2e-2, atol=2e-2)
+    values = [float(all_of_it(kernel + s * h * direction, direction)[0]) for s in (1, -1)]
+    np.testing.assert_allclose(slope, (values[0] - values[1]) / (2 * h), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -161,20 +169,19 @@ def test_schatten_norms_fall_to_the_norm():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_extreme_scales_and_zero(method, scale):
+def test_extreme_scales_and_zero(method):
     kernel = cases.draw(np.random.default_rng(0), (3, 3, 2, 3), "normal")
-    f = lambda k: f4.bound(k, method=method)
-    value_and_grad = jax.jit(jax.value_and_grad(f))
-    value, gradient = value_and_grad(jnp.asarray(kernel * np.float32(scale)))
-    assert sup(kernel.astype(float)) * float(np.float32(scale)) * (1 - 1e-6) <= value
-    assert value <= 3.1 * sup(kernel) * scale
-    assert np.isfinite(gradient).all()
+    value_and_grad = jax.jit(jax.value_and_grad(lambda k: f4.bound(k, method=method)))
+    for scale in (1e-30, 1e30):
+        value, gradient = value_and_grad(jnp.asarray(kernel * np.float32(scale)))
+        assert sup(kernel.astype(float)) * float(np.float32(scale)) * (1 - 1e-6) <= value
+        assert value <= 3.1 * sup(kernel) * scale
+        assert np.isfinite(gradient).all()
     value, gradient = value_and_grad(jnp.zeros((3, 3, 2, 3)))
     assert value == 0
     assert np.isfinite(gradient).all()
     for bad in (jnp.nan, jnp.inf):
-        assert np.isnan(f(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad)))
+        assert np.isnan(value_and_grad(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad))[0])
 
 
 def test_the_slack_of_a_convolutional_gram_matrix_is_needed(monkeypatch):
