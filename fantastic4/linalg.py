@@ -47,6 +47,17 @@ def unit(x: Array) -> tuple[Array, Array]:
     return norm * largest, scaled / jnp.where(norm > 0, norm, 1)
 
 
+def after(x: Array, other: Array) -> Array:
+    """``x``, but not before ``other`` has been computed.
+
+    On a CPU a batch of LAPACK calls waits for threads of the pool that it runs in. Two batches beside each other in one
+    program can wait like that for ever; a dependency keeps them apart. An integer that no compiler knows to be 0 makes
+    one: an optimization barrier is gone when the program runs, and a float times 0 may be NaN.
+    """
+    bits = lax.bitcast_convert_type(other.ravel()[:1].astype(jnp.float32), jnp.uint32)
+    return x + (lax.population_count(bits) >> 6)[0].astype(x.dtype)
+
+
 def generic(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Numbers in [-1, 1) without pattern, from a ``jax.random.key``: to start a power iteration from.
 

@@ -218,6 +218,8 @@ def singular_values(
 
     Differentiable; where singular values coincide, by one of the subgradients. On a CPU that is busy with
     other work, set OPENBLAS_NUM_THREADS=1 before JAX is imported: its LAPACK waits for all cores at once.
+    For several layers in one jitted function on a CPU use ``lax.map``, or a function each: jaxlib's LAPACK
+    calls share one pool of threads, and two that run beside each other may wait for one another for ever.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.

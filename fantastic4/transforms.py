@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax import Array, lax
 from fantastic4 import network
 from fantastic4.clipping import clip_singular_values
 from fantastic4.entry import count, sizes
+from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
 
 _TRIES = 8  # rounds until rounding no longer lifts a projected kernel above its limit; two are usual
@@ -261,7 +263,7 @@ def clip_spectrum(
         (clipped,) = to_leaf(lax.map(clip, kernels).astype(kernels.dtype))
         return (clipped - old).astype(given.dtype)
 
-    return _projection(project, every, find)
+    return _projection(project, every, find, same=shape_of)
 
 
 def _positive(name: str, value: Any) -> None:
@@ -269,10 +271,24 @@ def _positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
+def _of_pair(project: Callable[[Array, Array], Array], pair: tuple[Array, Array]) -> Array:
+    return project(*pair)
+
+
 def _projection(
-    project: Callable[[Layer, Array, Array], Array], every: int, find: Callable[[Any], tuple[Layer, ...]]
+    project: Callable[[Layer, Array, Array], Array],
+    every: int,
+    find: Callable[[Any], tuple[Layer, ...]],
+    same: Callable[[Layer], Any] = lambda layer: None,
 ) -> optax.GradientTransformation:
-    """A transformation that replaces the kernels' updates at each ``every``-th one; ``project(layer, old, update)``."""
+    """A transformation that replaces the kernels' updates at each ``every``-th one.
+
+    Args:
+      project: ``project(layer, old, update)``, the new update.
+      every: how often.
+      find: the layers in a tree.
+      same: what layers of one shape and spec must have in common to be treated alike.
+    """
     every = count(1)("every", every)
 
     def init(params: Any) -> ProjectionState:
@@ -286,7 +302,23 @@ def _projection(
         counted = optax.safe_increment(state.updates)
 
         def projected(given: dict[str, Array]) -> dict[str, Array]:
-            return {layer.path: project(layer, old[layer.path], given[layer.path]) for layer in layers}
+            alike: dict[Any, list[Layer]] = {}
+            for layer in layers:
+                kind = (layer.shape, layer.spec, layer.torch_order, old[layer.path].dtype, given[layer.path].dtype)
+                alike.setdefault((kind, same(layer)), []).append(layer)
+            done: dict[str, Array] = {}
+            last = jnp.zeros(())
+            for members in alike.values():
+                pairs = [(old[layer.path], after(given[layer.path], last)) for layer in members]
+                # One program for all kernels of a kind, and one kernel after the other: clipping calls LAPACK.
+                each = functools.partial(_of_pair, functools.partial(project, members[0]))
+                if len(pairs) > 1:
+                    new = lax.map(each, jax.tree.map(lambda *x: jnp.stack(x), *pairs))
+                else:
+                    new = each(pairs[0])[None]
+                done |= dict(zip([layer.path for layer in members], new, strict=True))
+                last = new
+            return done
 
         new = projected(given) if every == 1 else lax.cond(counted % every == 0, projected, lambda x: x, given)
         return network.replace(updates, new), ProjectionState(counted)
