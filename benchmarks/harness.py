@@ -29,6 +29,11 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm: int = 3)
 
     Three, because for about ten milliseconds after a call that frees much memory everything is slower.
     """
+    return {name: float(np.median(t)) for name, t in timed(calls, rounds, warm).items()}
+
+
+def timed(calls: dict[str, Callable[[], Any]], rounds: int, warm: int) -> dict[str, list[float]]:
+    """The milliseconds of every round, as `interleaved` takes them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -37,7 +42,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warm: int = 3)
             begin = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return times
 
 
 def in_clean_process(name: str, part: str, rounds: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"rounding", "linalg", "entry", "devices"},
+    {"rounding", "linalg", "entry", "devices", "scalar"},
     {"conv", "dense", "symbol"},
     {"border", "unfolding", "gram", "supremum"},
     {"jacobian", "spectrum", "frequency"},

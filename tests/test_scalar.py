@@ -1,0 +1,110 @@
+"""Slopes and curvatures of activations: against JAX's own derivatives on a fine grid, and what they must refuse."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fantastic4.scalar import Expr, X, const, most_bent, steepest
+
+
+def op(name, *args, number=0.0):
+    return Expr(name, tuple(const(a) if isinstance(a, int | float) else a for a in args), number)
+
+
+CUBE = op("power", X, number=3)
+SOFTPLUS = op("add", op("max", X, 0), op("log1p", op("exp", op("neg", op("abs", X)))))
+INNER = op("mul", math.sqrt(2 / math.pi), op("add", X, op("mul", 0.044715, CUBE)))
+SMOOTH = {
+    "gelu": (op("mul", op("mul", X, 0.5), op("add", 1, op("erf", op("div", X, math.sqrt(2))))), jax.nn.gelu, False),
+    "gelu-tanh": (op("mul", X, op("mul", 0.5, op("add", 1, op("tanh", INNER)))), jax.nn.gelu, True),
+    "silu": (op("mul", X, op("logistic", X)), jax.nn.silu, None),
+    "softplus": (SOFTPLUS, jax.nn.softplus, None),
+    "mish": (op("mul", X, op("tanh", SOFTPLUS)), jax.nn.mish, None),
+    "tanh": (op("tanh", X), jnp.tanh, None),
+    "sigmoid": (op("logistic", op("mul", 3, X)), lambda x: jax.nn.sigmoid(3 * x), None),
+    "squareplus": (
+        op("mul", 0.5, op("add", X, op("sqrt", op("add", op("power", X, number=2), 4)))),
+        jax.nn.squareplus,
+        None,
+    ),
+    "softsign": (op("div", X, op("add", 1, op("abs", X))), jax.nn.soft_sign, None),
+    "sine": (op("sin", op("mul", 3, X)), lambda x: jnp.sin(3 * x), None),
+    "elu": (op("select", 0, X, X, op("expm1", op("min", X, 0))), jax.nn.elu, None),
+}
+KINKED = {
+    "relu": (op("max", X, 0), 1.0),
+    "leaky": (op("select", X, 0, op("mul", X, 0.01), X), 1.0),
+    "abs": (op("abs", op("mul", -2, X)), 2.0),
+    "relu6": (op("min", op("max", X, 0), 6), 1.0),
+    "hard-swish": (op("mul", X, op("div", op("min", op("max", op("add", X, 3), 0), 6), 6)), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions(name, x64):
+    expression, function, approximate = SMOOTH[name]
+    f = function if approximate is None else lambda x: jax.nn.gelu(x, approximate=approximate)
+    far = np.logspace(1, 4, 50)
+    x = jnp.asarray(np.concatenate([np.linspace(-12, 12, 48_001), far, -far]))
+    slopes = np.abs(jax.vmap(jax.grad(f))(x))
+    bends = np.abs(jax.vmap(jax.grad(jax.grad(f)))(x))
+    assert slopes.max() <= steepest(expression) <= slopes.max() * (1 + 1e-5)
+    # At 0, where some are largest from one side, JAX may say 0.
+    assert bends.max() <= most_bent(expression) <= bends.max() * (1 + (2e-3 if name in ("softsign", "elu") else 1e-4))
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_functions_with_kinks_have_no_curvature(name):
+    expression, slope = KINKED[name]
+    assert slope <= steepest(expression) <= slope * (1 + 1e-5)
+    with pytest.raises(ValueError, match="its slope jumps at"):
+        most_bent(expression)
+
+
+def test_what_has_no_bound_is_refused():
+    for expression in (op("power", X, number=2), op("mul", X, op("sin", X)), op("exp", X), op("log", X), op("sqrt", X)):
+        with pytest.raises(ValueError, match="no finite bound"):
+            steepest(expression)
+    with pytest.raises(ValueError, match="it jumps at 1"):
+        steepest(op("select", X, 1, 0, X))
+    with pytest.raises(ValueError, match="not of affine functions"):
+        steepest(op("select", CUBE, 1, 0, X))
+    with pytest.raises(ValueError, match="no operation 'cosh' of 1 arguments"):
+        op("cosh", X)
+
+
+def random_expression(rng, depth):
+    """A random tree of operations that keep slopes finite."""
+    if depth == 0:
+        return op("add", op("mul", float(rng.normal()), X), float(rng.normal()))
+    kind = rng.choice(["tanh", "logistic", "erf", "sin", "abs", "max", "add", "mul"])
+    inner = random_expression(rng, depth - 1)
+    if kind in ("max", "add"):
+        return op(str(kind), inner, random_expression(rng, depth - 1))
+    if kind == "mul":  # of bounded functions: the product's slope is bounded
+        return op("mul", op("tanh", inner), op("logistic", random_expression(rng, depth - 1)))
+    return op(str(kind), inner)
+
+
+def evaluate(expression, x):
+    functions = {
+        "tanh": np.tanh, "logistic": lambda v: 1 / (1 + np.exp(-v)), "erf": np.vectorize(math.erf), "sin": np.sin,
+        "abs": np.abs, "max": np.maximum, "add": np.add, "mul": np.multiply,
+    }  # fmt: skip
+    if expression.op == "x":
+        return x
+    if expression.op == "const":
+        return np.full_like(x, expression.number)
+    return functions[expression.op](*(evaluate(arg, x) for arg in expression.args))
+
+
+def test_random_expressions_are_never_steeper():
+    rng = np.random.default_rng(0)
+    x = np.linspace(-30, 30, 60_001) + rng.uniform(0, 1e-3)
+    for _ in range(60):
+        expression = random_expression(rng, 3)
+        found = np.max(np.abs(np.diff(evaluate(expression, x)) / np.diff(x)))  # a mean value is a slope somewhere
+        assert found <= steepest(expression) * (1 + 1e-6)
