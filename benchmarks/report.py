@@ -35,7 +35,7 @@ def training_tables(figures: dict[str, Any]) -> dict[str, str]:
         row += [f"{f['ratio step penalty/plain (target <= 1.02)']:.3f}", f"{f['penalty_alone_ms']:.2f}", f"{clip:.0f}"]
         steps.append([*row, f"{1 + clip / 100 / plain:.3f}"])
     wrappers, each = [], figures["wrappers"]
-    for where in ("32x32, batch 32", "4x4, batch 1"):
+    for where in ("32x32, batch 8", "4x4, batch 1"):
         for framework in ("linen", "nnx"):
             for what in ("forward", "gradient"):
                 times = {k: each[f"ms {framework} {where} {what} {k}"] for k in ("plain", "flax", "hard", "penalty")}
