@@ -9,7 +9,7 @@ demo: .venv/demo
 
 # Each of examples/, whole.
 examples: .venv/demo
-	for example in linen_train_state nnx_optimizer optax_plain gan_discriminator sngp_soft multi_host; do \
+	for example in linen_train_state nnx_optimizer optax_plain gan_discriminator sngp_soft; do \
 		echo "── $$example" && $(BIN)/python -m examples.$$example || exit 1; done
 
 # Two processes, a file each; one thread of LAPACK in each, or they wait for one another's cores.
