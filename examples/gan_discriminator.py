@@ -25,7 +25,7 @@ OUTPUT = Path("out/gan.png")
 
 
 class Discriminator(nn.Module):
-    """Every layer is held to norm 1 and no activation is steeper: the whole is 1-Lipschitz."""
+    """Every layer is held to norm 1, as far as its estimate is right, and no activation is steeper."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

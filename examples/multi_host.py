@@ -1,6 +1,6 @@
 """Several hosts: each runs this program, has its own devices and its own part of every batch. Here they are processes.
 
-python -m examples.multi_host               # starts two processes with two CPU devices each
+python -m examples.multi_host               # two processes with two CPU devices each; minutes on two cores
 
 On a real cluster every host runs ``main_of_one`` with what ``jax.distributed.initialize()`` finds out by itself.
 """

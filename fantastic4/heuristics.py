@@ -127,7 +127,7 @@ def ryu_init(
     kernel = real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
     shape = (*check_input_shape(input_shape, layer), layer.c_in)
-    vector = unit(generic(key, shape, kernel.dtype).ravel())[1].reshape(shape)
+    vector = unit(generic(key, shape, kernel.dtype))[1]
     return ryu_step(kernel, RyuState(vector), spec, iterations=warmup)[1] if warmup else RyuState(vector)
 
 

@@ -271,10 +271,6 @@ def _positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
-def _of_pair(project: Callable[[Array, Array], Array], pair: tuple[Array, Array]) -> Array:
-    return project(*pair)
-
-
 def _projection(
     project: Callable[[Layer, Array, Array], Array],
     every: int,
@@ -302,22 +298,21 @@ def _projection(
         counted = optax.safe_increment(state.updates)
 
         def projected(given: dict[str, Array]) -> dict[str, Array]:
-            alike: dict[Any, list[Layer]] = {}
+            alike: dict[Any, list[str]] = {}
             for layer in layers:
-                kind = (layer.shape, layer.spec, layer.torch_order, old[layer.path].dtype, given[layer.path].dtype)
-                alike.setdefault((kind, same(layer)), []).append(layer)
+                path = layer.path
+                kind = (layer.kind, old[path].dtype, given[path].dtype, same(layer))
+                alike.setdefault(kind, []).append(path)
+            by_path = {layer.path: layer for layer in layers}
             done: dict[str, Array] = {}
             last = jnp.zeros(())
-            for members in alike.values():
-                pairs = [(old[layer.path], after(given[layer.path], last)) for layer in members]
-                # One program for all kernels of a kind, and one kernel after the other: clipping calls LAPACK.
-                each = functools.partial(_of_pair, functools.partial(project, members[0]))
-                if len(pairs) > 1:
-                    new = lax.map(each, jax.tree.map(lambda *x: jnp.stack(x), *pairs))
-                else:
-                    new = each(pairs[0])[None]
-                done |= dict(zip([layer.path for layer in members], new, strict=True))
-                last = new
+            # One program for all kernels of a kind, and one kernel after the other: clipping calls LAPACK.
+            for paths in alike.values():
+                olds = jnp.stack([old[path] for path in paths])
+                updates = after(jnp.stack([given[path] for path in paths]), last)
+                member = functools.partial(project, by_path[paths[0]])
+                last = lax.map(lambda pair: member(*pair), (olds, updates))  # noqa: B023
+                done |= dict(zip(paths, last, strict=True))
             return done
 
         new = projected(given) if every == 1 else lax.cond(counted % every == 0, projected, lambda x: x, given)

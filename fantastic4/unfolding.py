@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from fantastic4.dense import Certified, certified_tall, frobenius_bound, sizing
-from fantastic4.linalg import HIGHEST, generic, unit, with_pairs
+from fantastic4.linalg import HIGHEST, each, generic, unit, with_pairs
 from fantastic4.rounding import constant_up, round_up, unit_roundoff
 
 Axes = tuple[int, ...]
@@ -338,19 +338,17 @@ def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
 
     kinds = distinct(tuple(spatial))[0]
     # Scaled before they are unfolded: the entries of an array are those of all its unfoldings.
-    sizings = {id(array): jax.vmap(sizing)(array) for array in matrices_of}
-    size = [sizings[id(array)] for array in matrices_of]
+    size = [jax.vmap(sizing)(array) for array in matrices_of]
     scaled = [
         array * s.inverse.reshape(batch, *(1,) * (array.ndim - 1)) for array, s in zip(matrices_of, size, strict=True)
     ]
     matrices = [unfold(array, axes) for axes, array in zip(kinds, scaled, strict=True)]
     tall = [m if m.shape[1] >= m.shape[2] else jnp.swapaxes(m, 1, 2) for m in matrices]
     # Those of one shape share one program, R and S at least; one after the other, each with as many steps as it needs.
-    every = _alone(certified_tall) if batch == 1 else jax.vmap(certified_tall)
     found: dict[int, Certified] = {}
     for shape in {m.shape: None for m in tall}:
         same = [i for i, m in enumerate(tall) if m.shape == shape]
-        together = lax.map(every, jnp.stack([tall[i] for i in same]))
+        together = lax.map(functools.partial(each, certified_tall), jnp.stack([tall[i] for i in same]))
         for place, i in enumerate(same):
             part = jax.tree.map(lambda x: x[place], together)  # noqa: B023
             found[i] = part if tall[i] is matrices[i] else part._replace(left=part.right, right=part.left)
@@ -361,8 +359,3 @@ def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
         jnp.stack([spread(c.right, others(tuple(spatial), axes), c_in) for axes, c in pairs], 2),
         jnp.stack([spread(c.left, axes, c_out) for axes, c in pairs], 2),
     )
-
-
-def _alone(function: Callable[[Array], Certified]) -> Callable[[Array], Certified]:
-    """``vmap`` for a batch of one: the loop inside then copies nothing to hold back what has already stopped."""
-    return lambda batch: jax.tree.map(lambda x: x[None], function(batch[0]))

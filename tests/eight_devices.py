@@ -19,6 +19,7 @@ SHARDINGS = {
     "replicated": P(),
     "outputs": P(None, "model"),  # tensor parallel
     "inputs": P("model", None),
+    "both": P("data", "model"),
     "fsdp": P(None, ("data", "model")),
 }
 

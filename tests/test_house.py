@@ -18,12 +18,12 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"rounding", "linalg", "entry", "devices", "scalar"},
-    {"conv", "dense", "symbol"},
-    {"border", "unfolding", "gram", "supremum"},
-    {"jacobian", "spectrum", "frequency"},
+    {"rounding", "linalg", "entry", "devices", "expression"},
+    {"conv", "dense", "symbol", "jets"},
+    {"border", "unfolding", "gram", "supremum", "tails"},
+    {"jacobian", "spectrum", "frequency", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
-    {"bounds"},
+    {"bounds", "kernels"},
     {"network", "wrapping"},
     {"linen", "nnx", "transforms"},
     {"__init__"},

@@ -72,8 +72,28 @@ def test_what_has_no_bound_is_refused():
         steepest(op("select", X, 1, 0, X))
     with pytest.raises(ValueError, match="not of affine functions"):
         steepest(op("select", CUBE, 1, 0, X))
+    for exponent in (0.5, -1, 0):
+        with pytest.raises(ValueError, match="positive whole number"):
+            op("power", X, number=exponent)
+    with pytest.raises(ValueError, match="must be finite"):
+        const(math.inf)
+    with pytest.raises(ValueError, match="no finite bound"):
+        steepest(op("mul", op("tanh", X), op("power", X, number=300)))
     with pytest.raises(ValueError, match="no operation 'cosh' of 1 arguments"):
         op("cosh", X)
+
+
+def test_a_comparison_of_equal_numbers_does_not_hold():
+    """left where a < b: with a = b it is right, however steep that is."""
+    for number in (0.0, 1.5):
+        assert steepest(op("select", number, number, X, op("mul", 7, X))) >= 7
+
+
+def test_small_jumps_of_the_slope_are_seen():
+    """Beside a curvature that hides them a little way off."""
+    sum_ = op("add", op("mul", 1000, SOFTPLUS), op("mul", 1e-7, op("abs", X)))
+    with pytest.raises(ValueError, match="its slope jumps at 0"):
+        most_bent(sum_)
 
 
 def random_expression(rng, depth):

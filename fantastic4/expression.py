@@ -1,0 +1,87 @@
+"""A function of one real number, written as operations: what an activation is in a traced network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+UNARY = ("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
+BINARY = ("add", "sub", "mul", "div", "max", "min")
+
+
+@dataclasses.dataclass(frozen=True)
+class Expr:
+    """A function of one number x.
+
+    Attributes:
+      op: ``"x"``, ``"const"``, a name of `UNARY` or `BINARY`, ``"power"`` with a positive whole exponent, or
+        ``"select"`` of (a, b, left, right): left where a < b, right elsewhere.
+      args: what it is applied to.
+      number: of ``"const"`` and ``"power"``.
+    """
+
+    op: str
+    args: tuple[Expr, ...] = ()
+    number: float = 0.0
+
+    def __post_init__(self):
+        count = {"x": 0, "const": 0, "power": 1, "select": 4} | dict.fromkeys(UNARY, 1) | dict.fromkeys(BINARY, 2)
+        if self.op not in count or len(self.args) != count[self.op]:
+            raise ValueError(f"no operation {self.op!r} of {len(self.args)} arguments")
+        if self.op == "power" and not (self.number >= 1 and float(self.number).is_integer()):
+            raise ValueError(f"the exponent of a power is a positive whole number, got {self.number!r}")
+        if not math.isfinite(self.number):
+            raise ValueError(f"a constant must be finite, got {self.number!r}")
+
+
+X = Expr("x")
+
+
+def const(number: float) -> Expr:
+    """A number."""
+    return Expr("const", (), float(number))
+
+
+def affine(expr: Expr) -> tuple[float, float] | None:
+    """(a, b) of a x + b, in floats; None for what is not of that form."""
+    if expr.op == "x":
+        return 1.0, 0.0
+    if expr.op == "const":
+        return 0.0, expr.number
+    args = [affine(arg) for arg in expr.args]
+    if any(arg is None for arg in args):
+        return None
+    known = [arg for arg in args if arg is not None]
+    if expr.op == "neg":
+        return -known[0][0], -known[0][1]
+    if expr.op in ("add", "sub"):
+        s = 1 if expr.op == "add" else -1
+        return known[0][0] + s * known[1][0], known[0][1] + s * known[1][1]
+    if expr.op == "mul" and 0.0 in (known[0][0], known[1][0]):
+        (a, b), (_, c) = known if known[1][0] == 0 else known[::-1]
+        return a * c, b * c
+    if expr.op == "div" and known[1][0] == 0 and known[1][1]:
+        return known[0][0] / known[1][1], known[0][1] / known[1][1]
+    return None
+
+
+def kinks(expr: Expr) -> set[float]:
+    """Where an absolute value, a maximum or a selection of affine functions changes over."""
+    found = set().union(*(kinks(arg) for arg in expr.args)) if expr.args else set()
+    sides: dict[str, tuple[Expr, ...]] = {
+        "abs": (*expr.args[:1], const(0)),
+        "max": expr.args,
+        "min": expr.args,
+        "select": expr.args[:2],
+    }
+    if expr.op in sides:
+        left, right = map(affine, sides[expr.op])
+        if left is not None and right is not None and left[0] != right[0]:
+            found.add((right[1] - left[1]) / (left[0] - right[0]))
+    return found
+
+
+def selections(expr: Expr) -> list[Expr]:
+    """Every ``"select"`` in it."""
+    own = [expr] if expr.op == "select" else []
+    return own + [s for arg in expr.args for s in selections(arg)]

@@ -1,0 +1,239 @@
+"""The kernels in a tree of params: which leaves they are, and what a shape cannot tell of their layers.
+
+A params tree is a pytree: of linen (nested dicts), NNX (an ``nnx.State`` or a module), Equinox (a module), Haiku, or
+one's own. Its kernels are found by name and shape; strides, groups and padding come as specs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fantastic4.conv import ConvSpec, geometry
+
+Select = str | Sequence[str] | Callable[[str, Any], bool]
+
+_NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
+_ATTENTION = {"query": 1, "key": 1, "value": 1, "out": -1}  # Flax's DenseGeneral in attention: how many input axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """That a kernel is a matrix: its first ``inputs`` axes are inputs, all others outputs (negative: but so many).
+
+    Attributes:
+      inputs: number of axes; 1 is Flax's ``Dense``, 2 a ``DenseGeneral(axis=(-2, -1))``.
+    """
+
+    inputs: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """That the first axis of a kernel counts layers, as ``nn.scan``, ``nnx.scan`` and ``vmap`` make them.
+
+    Attributes:
+      layer: what each layer is.
+    """
+
+    layer: ConvSpec | Dense = dataclasses.field(default_factory=ConvSpec)
+
+
+Spec = ConvSpec | Dense | Stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A kernel in a params tree, static.
+
+    Attributes:
+      path: where it is, as ``"Conv_0/kernel"``.
+      shape: of the leaf.
+      spec: what the layer does with it.
+      torch_order: whether it is ``(c_out, c_in, *spatial)``, as Equinox keeps it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    spec: Spec
+    torch_order: bool
+
+    @property
+    def conv(self) -> ConvSpec:
+        """The convolution that it is: of a matrix, one with a single tap."""
+        spec = self.spec.layer if isinstance(self.spec, Stacked) else self.spec
+        return ConvSpec() if isinstance(spec, Dense) else spec
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a matrix."""
+        return isinstance(self.spec.layer if isinstance(self.spec, Stacked) else self.spec, Dense)
+
+    @property
+    def kind(self) -> Hashable:
+        """What layers have in common that one program can serve."""
+        return self.shape, self.spec, self.torch_order
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each layer in it: one, but for a `Stacked` kernel."""
+        return (
+            tuple(f"{self.path}[{i}]" for i in range(self.shape[0])) if isinstance(self.spec, Stacked) else (self.path,)
+        )
+
+    def kernels(self, leaf: Array) -> Array:
+        """The leaf as kernels in Flax's order, ``(layers, *spatial, c_in // groups, c_out)``; of a matrix, one tap."""
+        stacked = leaf if isinstance(self.spec, Stacked) else leaf[None]
+        if self.torch_order:
+            stacked = jnp.moveaxis(stacked, (1, 2), (-1, -2))
+        spec = self.spec.layer if isinstance(self.spec, Stacked) else self.spec
+        if not isinstance(spec, Dense):
+            return stacked
+        axes = stacked.shape[1:]
+        n_in = math.prod(axes[: spec.inputs])
+        return stacked.reshape(len(stacked), 1, n_in, -1)
+
+
+def _path(keys: Sequence[Any]) -> tuple[str, ...]:
+    """The path of a leaf as words; an NNX variable's own ``.value`` is no part of it."""
+    words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+    return tuple(words[:-1]) if len(words) > 1 and words[-1] == "value" and words[-2] in _NAMES else tuple(words)
+
+
+def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf that has a shape and a floating dtype, with its path."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
+            yield _path(keys), leaf
+
+
+def _matches(select: Select, path: str, leaf: Any) -> bool:
+    if callable(select):
+        return bool(select(path, leaf))
+    return any(fnmatch.fnmatchcase(path, glob) for glob in ([select] if isinstance(select, str) else select))
+
+
+def _guess(words: tuple[str, ...], shape: tuple[int, ...]) -> Spec | None:
+    """What a leaf is by its name and shape; None for no kernel."""
+    if words[-1] not in _NAMES or not 2 <= len(shape) <= 5 or 0 in shape:
+        return None
+    if len(shape) == 2:
+        return Dense()
+    parent = words[-2] if len(words) > 1 else ""
+    if len(shape) == 3 and words[-1] == "kernel" and parent in _ATTENTION:
+        return Dense(_ATTENTION[parent])
+    return ConvSpec()
+
+
+def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec] | None = None) -> tuple[Layer, ...]:
+    """The kernels of a params tree.
+
+    A kernel is a leaf named ``kernel`` (Flax), ``w`` (Haiku) or ``weight`` (Equinox: ``(c_out, c_in, *spatial)``).
+    With two axes it is a matrix, with three to five a convolution; the projections of Flax's attention are matrices.
+    Unless ``specs`` says otherwise a convolution has `ConvSpec`'s defaults: whatever its strides, dilation, groups,
+    zero or circular padding, and transposed too, its norm is at most that; a spec with strides or groups is tighter.
+    REFLECT and EDGE padding add to the norm: there a spec is needed.
+
+    Args:
+      params: any pytree.
+      select: which of them: a glob on the path (``"*Conv*"``), several, or a function of path and leaf.
+      specs: for paths or globs, a `ConvSpec`, `Dense` or `Stacked`; an exact path goes before a glob, a glob before
+        those after it. What is named here is a kernel whatever its own name; globs pass over leaves with one axis.
+
+    Returns:
+      A `Layer` each, in the order of the tree.
+
+    Raises:
+      ValueError: no kernel; a spec for a path that does not exist, or that does not fit its kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import network
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}, "scale": jnp.ones(8)}
+      >>> [layer.path for layer in network.find(params)]
+      ['conv/kernel']
+    """
+    specs = dict(specs or {})
+    layers, unused, seen = [], set(specs), []
+    for words, leaf in _leaves(params):
+        path = "/".join(words)
+        seen.append(path)
+        # A glob passes over biases and scales, which have one axis; a path is taken at its word.
+        fits = [glob for glob in specs if glob == path or (leaf.ndim > 1 and fnmatch.fnmatchcase(path, glob))]
+        given = path if path in fits else next(iter(fits), None)
+        unused -= set(fits)
+        spec = specs[given] if given is not None else _guess(words, leaf.shape)
+        if spec is None or (select is not None and not _matches(select, path, leaf)):
+            continue
+        layer = Layer(path, tuple(leaf.shape), spec, words[-1] == "weight")
+        _check(layer)
+        layers.append(layer)
+    if unused:
+        raise ValueError(
+            f"a spec for {sorted(unused)[0]!r}, but no such path: this tree has {some(seen, sorted(unused)[0])}"
+        )
+    if not layers:
+        raise ValueError(
+            f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with 2 to 5 axes, or one that select and "
+            f"specs name; this tree has {some(seen)}"
+        )
+    return tuple(layers)
+
+
+def some(paths: Sequence[str], near: str | None = None) -> str:
+    """A few paths for a message, those that look like ``near`` first."""
+    close = difflib.get_close_matches(near, paths, n=4, cutoff=0.3) if near else []
+    paths = list(dict.fromkeys([*close, *paths]))
+    return (", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")) or "no arrays"
+
+
+def _check(layer: Layer) -> None:
+    """Refuse a spec that does not fit, naming the path."""
+    spec = layer.spec
+    inner = spec.layer if isinstance(spec, Stacked) else spec
+    if not isinstance(inner, ConvSpec | Dense):
+        kind = type(inner).__name__
+        raise ValueError(f"{layer.path}: a spec is a ConvSpec, network.Dense or network.Stacked, got {kind}")
+    shape = layer.shape[isinstance(spec, Stacked) :]
+    if isinstance(inner, Dense):
+        if not -len(shape) < inner.inputs < len(shape) or inner.inputs == 0 or len(shape) < 2:
+            raise ValueError(f"{layer.path}: Dense(inputs={inner.inputs}) does not split a kernel of shape {shape}")
+        return
+    try:
+        geometry(jax.eval_shape(layer.kernels, jax.ShapeDtypeStruct(layer.shape, jnp.float32)).shape[1:], inner)
+    except ValueError as error:
+        raise ValueError(f"{layer.path}: {error}") from None
+
+
+def leaves_at(params: Any, layers: Sequence[Layer], whose: str = "these layers") -> dict[str, Array]:
+    """The leaves of ``layers``, by path.
+
+    Raises:
+      ValueError: a path that is not in the tree, or holds another shape.
+    """
+    there = {"/".join(words): leaf for words, leaf in _leaves(params)}
+    for layer in layers:
+        if layer.path not in there:
+            raise ValueError(
+                f"{whose} belong to another tree: no {layer.path} in this one, "
+                f"which has {some(list(there), layer.path)}"
+            )
+        if tuple(there[layer.path].shape) != layer.shape:
+            raise ValueError(
+                f"{whose} belong to another tree: {layer.path} has shape {there[layer.path].shape} here, "
+                f"{layer.shape} there"
+            )
+    return {layer.path: there[layer.path] for layer in layers}
+
+
+def replace(params: Any, new: Mapping[str, Array]) -> Any:
+    """``params`` with the leaves at the paths of ``new`` replaced."""
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: new.get("/".join(_path(keys)), leaf), params)
