@@ -50,17 +50,19 @@ def _convolutions(layer: str, leaf: Any) -> bool:
     return leaf.ndim == 4
 
 
-def _input_sizes(model: ResNet, variables: Any, size: int) -> dict[str, tuple[int, int]]:
-    """The spatial size of every convolution's input, by path of its kernel."""
-    found: dict[str, tuple[int, int]] = {}
+def _layers(model: ResNet, size: int) -> dict[str, tuple[dict[str, Any], tuple[int, ...]]]:
+    """By path of its kernel, every convolution's fields for ``nn.Conv`` and the shape of its input, without the batch."""
+    found: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {}
 
     def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.Conv):
-            found["/".join((*context.module.path, "kernel"))] = args[0].shape[1:3]
+        layer = context.module
+        if isinstance(layer, nn.Conv) and context.method_name == "__call__":
+            fields = {name: getattr(layer, name) for name in ("features", "kernel_size", "strides", "use_bias")}
+            found["/".join((*layer.path, "kernel"))] = fields, args[0].shape[1:]
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(model.apply, variables, jnp.zeros((1, size, size, 3)))
+        jax.eval_shape(model.init, KEY, jnp.zeros((1, size, size, 3)))
     return found
 
 
@@ -84,7 +86,7 @@ def overhead(model: ResNet, rounds: int) -> dict[str, Any]:
     result |= {name: float(np.median(t)) for name, t in times.items()}
     # Of the fastest: a shared machine becomes slower by more than the penalty costs, and never faster than it is.
     ratio = min(times["step_ms penalty"]) / min(times["step_ms plain"])
-    clip = transforms.clip_spectrum(0.5, _input_sizes(model, variables, 32), every=1)
+    clip = transforms.clip_spectrum(0.5, {path: shape[:2] for path, (_, shape) in _layers(model, 32).items()}, every=1)
     clip_once = jax.jit(clip.update)
     clip_state = clip.init(params)
     result |= harness.interleaved({"sedghi_clip_ms": lambda: clip_once(zeros, clip_state, params)}, 2, warm=1)
@@ -93,21 +95,6 @@ def overhead(model: ResNet, rounds: int) -> dict[str, Any]:
     result["ratio (plain + penalty alone)/plain"] = 1 + result["penalty_alone_ms"] / plain
     result["ratio (plain + clipping every 100 steps)/plain"] = 1 + result["sedghi_clip_ms"] / 100 / plain
     return result
-
-
-def _layers(stride_of_size: int) -> list[tuple[dict[str, Any], tuple[int, int, int]]]:
-    """ResNet-18's convolutions as fields of ``nn.Conv``, with the shape of each one's input."""
-    layers: list[tuple[dict[str, Any], tuple[int, int, int]]] = []
-    channels, size = 3, 32 // stride_of_size
-    for width, strides in ((64, (1, 1, 1, 1, 1)), (128, (2, 1, 1, 1)), (256, (2, 1, 1, 1)), (512, (2, 1, 1, 1))):
-        for i, stride in enumerate(strides):
-            fields = {"features": width, "kernel_size": (3, 3), "strides": stride, "use_bias": False}
-            layers.append((fields, (size, size, channels)))
-            if stride == 2:
-                layers.append(({**fields, "kernel_size": (1, 1)}, (size, size, channels)))
-            if i == 0:
-                channels, size = width, max(1, size // stride)
-    return layers
 
 
 def _linen(kind: str, layers: list[Any]) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
@@ -176,7 +163,7 @@ def wrappers(rounds: int) -> dict[str, Any]:
     """Our wrappers and Flax's around the same layers, and the layers bare."""
     result: dict[str, Any] = {}
     for label, smaller, batch in (("32x32, batch 8", 1, 8), ("4x4, batch 1", 8, 1)):
-        layers = _layers(smaller)
+        layers = list(_layers(resnet18_cifar(), 32 // smaller).values())
         inputs = [jax.random.normal(KEY, (batch, *shape)) for _, shape in layers]
         for framework, build in (("linen", _linen), ("nnx", _nnx)):
             calls: dict[str, Callable[[], Any]] = {}
