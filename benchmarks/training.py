@@ -51,7 +51,7 @@ def _convolutions(layer: str, leaf: Any) -> bool:
 
 
 def _layers(model: ResNet, size: int) -> dict[str, tuple[dict[str, Any], tuple[int, ...]]]:
-    """By path of its kernel, every convolution's fields for ``nn.Conv`` and the shape of its input, without the batch."""
+    """Every convolution by the path of its kernel: its fields for ``nn.Conv``, the shape of one input."""
     found: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {}
 
     def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
