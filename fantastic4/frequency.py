@@ -146,10 +146,14 @@ class GridState(NamedTuple):
     vectors: Array
 
 
+def state_shape(kernels: Array, points: int) -> tuple[int, int, int, int]:
+    """Shape of the vectors of a `GridState` for so many frequencies."""
+    return len(kernels), points, 2, kernels.shape[-1]
+
+
 def start(key: Array, kernels: Array, points: int) -> GridState:
     """Random vectors for `power_step` at so many frequencies."""
-    shape = (len(kernels), points, 2, kernels.shape[-1])
-    return GridState(_normalise(generic(key, shape, kernels.dtype))[1])
+    return GridState(_normalise(generic(key, state_shape(kernels, points), kernels.dtype))[1])
 
 
 def _normalise(x: Array) -> tuple[Array, Array]:

@@ -193,11 +193,10 @@ def step(
     constant = lax.stop_gradient(kernels)
     if state.method == "grid":
         sizes = _grid_sizes(spatial, state.points)
-        wanted = jax.eval_shape(lambda: frequency.start(jax.random.key(0), kernels, len(half_grid(sizes))))
+        wanted = frequency.state_shape(kernels, len(half_grid(sizes)))
     else:
-        repeats = len(TRAINING_POWERS) if state.method == "weighted" else 1
-        wanted = jax.eval_shape(lambda: unfolding.start(jax.random.key(0), kernels, repeats))
-    if jax.tree.map(jnp.shape, state.inner) != jax.tree.map(lambda x: x.shape, wanted):
+        wanted = unfolding.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
+    if state.inner.vectors.shape != wanted:
         raise ValueError(
             f"this state belongs to another kernel than {kernel.shape} with this spec: "
             "make one with ladder.init(kernel, spec, key=…)"
@@ -214,5 +213,6 @@ def step(
         scaling = unfolding.weights(unfolding.tap_squares(constant), TRAINING_POWERS)
         value = _smallest(kernels, found, scaling.factor)
     else:
-        value = _smallest(kernels, found, jnp.full_like(found.values, math.sqrt(math.prod(spatial))))
-    return value * factor, LadderState(inner, state.method, state.points)
+        factor *= math.sqrt(math.prod(spatial))
+        value = unfolding.smallest(kernels, unfolding.over_groups(lax.stop_gradient(found)))
+    return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)

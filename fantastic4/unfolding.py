@@ -31,6 +31,8 @@ from fantastic4.rounding import constant_up, round_up, unit_roundoff
 
 Axes = tuple[int, ...]
 
+_ROWS = 200  # taps times unfoldings up to which they are one matrix: 7×7
+
 
 @functools.cache
 def unfoldings(rank: int) -> tuple[Axes, ...]:
@@ -99,25 +101,38 @@ def others(taps: tuple[int, ...], axes: Axes) -> Axes:
 
 
 def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
-    """Add up what belongs to one vector, at all taps that read it, and take the vectors' norms.
+    """Add up what belongs to one vector, at all taps that read it, and take the vectors' squared norms.
 
     Args:
       product: ``(batch, taps, m, channels)``.
       side: how the taps share.
 
     Returns:
-      ``(batch, m, taps, channels)`` and norms ``(batch, m)``.
+      The same shape, and squared norms ``(batch, m)``.
     """
-    by_unfolding = jnp.swapaxes(product, 1, 2)
-    summed = lax.dot_general(side.same, by_unfolding, (((2,), (2,)), ((0,), (1,))), precision=HIGHEST)
-    summed = jnp.moveaxis(summed, 2, 0)
-    squares = jnp.einsum("bmtc,bmtc->bm", summed, summed, precision=HIGHEST)
-    return summed, jnp.sqrt(squares / side.readers)
+    batch, taps, m, channels = product.shape
+    rows = taps * m
+    if rows > _ROWS:
+        summed = jnp.einsum("mst,btmc->bsmc", side.same, product, precision=HIGHEST)
+        return summed, jnp.einsum("btmc,btmc->bm", summed, summed, precision=HIGHEST) / side.readers
+    # One matrix for all unfoldings, and norms from a product of matrices: of few rows neither costs anything, and XLA
+    # takes far longer to compile a transposition, or a sum of squares.
+    flat = product.reshape(batch, rows, channels)
+    if taps > 1:
+        block_diagonal = np.zeros((taps, m) * 2, np.float32)
+        block_diagonal[:, np.arange(m), :, np.arange(m)] = side.same
+        flat = lax.dot_general(block_diagonal.reshape(rows, rows), flat, (((1,), (1,)), ((), ())), precision=HIGHEST)
+        flat = jnp.swapaxes(flat, 0, 1)
+    products = lax.dot_general(flat, flat, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
+    squares = lax.slice(products.reshape(batch, -1), (0, 0), (batch, rows * rows), (1, rows + 1))
+    if taps > 1:
+        squares = jnp.sum(squares.reshape(batch, taps, m), axis=1) / side.readers
+    return flat.reshape(product.shape), squares
 
 
-def _reciprocal(x: Array) -> Array:
-    """1/x, and 1 where x is 0."""
-    return 1 / jnp.where(x > 0, x, 1)
+def _over_root(squares: Array) -> Array:
+    """1/√x; of zero, a large number."""
+    return lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
 
 
 class Pairs(NamedTuple):
@@ -148,9 +163,10 @@ def over_groups(pairs: Pairs) -> Pairs:
 
 def smallest(kernels: Array, top: Pairs) -> Array:
     """The smallest value of `over_groups`, with the derivative of that one alone."""
-    best = jnp.argmin(top.values)
-    pick = functools.partial(lax.dynamic_index_in_dim, index=best, keepdims=False)
     taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+    if len(top.values) == 1:
+        return with_pairs(top.values[0], taps, top.inputs[:, :, 0], top.outputs[:, :, 0])
+    pick = functools.partial(lax.dynamic_index_in_dim, index=jnp.argmin(top.values), keepdims=False)
     return with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
 
 
@@ -185,21 +201,30 @@ def power_step(kernels: Array, state: PowerState, weights: Array | None = None) 
     by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
     taps = kernels.reshape(batch, -1, c_in, c_out)
     each_tap = ((0, 1), (0, 1))
+    # A CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than to run it:
+    # so there are two vectors at least.
+    alone = state.vectors.shape[1:3] == (1, 1)
+    vectors = jnp.repeat(state.vectors, 2, axis=2) if alone else state.vectors
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many.
-    product = lax.dot_general(taps, state.vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
-    product, norms = _share(by_weight(jnp.swapaxes(product, 2, 3)), inp)
-    inputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
-    inputs = by_weight(inputs)
+    if alone:
+        product = lax.dot_general(vectors, taps, (((3,), (3,)), each_tap), precision=HIGHEST)
+    else:  # the product runs in half the time, and its transposition is small
+        product = jnp.swapaxes(lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST), 2, 3)
+    product, squares = _share(by_weight(product), inp)
+    inputs = by_weight(product * _over_root(squares)[:, None, :, None])
     near = inputs * state.scales[:, None, :, None]
     product = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
-    product, norms = _share(product, out)
-    outputs = jnp.swapaxes(product * _reciprocal(norms)[:, :, None, None], 1, 2)
-    values = norms / state.scales
-    scales = _reciprocal(values)
-    new = jnp.where(norms[:, None, :, None] > 0, outputs * scales[:, None, :, None], state.vectors)
-    return Pairs(values, inputs, outputs), PowerState(new, scales)
+    product, squares = _share(product, out)
+    if alone:
+        squares, inputs, product = squares[:, :1], inputs[:, :, :1], product[:, :, :1]
+    over = _over_root(squares)
+    outputs = product * over[:, None, :, None]
+    alive = squares > 0
+    scales = jnp.where(alive, state.scales * over, 1)
+    new = jnp.where(alive[:, None, :, None], outputs * scales[:, None, :, None], state.vectors)
+    return Pairs(squares * over / state.scales, inputs, outputs), PowerState(new, scales)
 
 
 def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
@@ -212,9 +237,10 @@ def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `power_step`, scaled by the Frobenius norms of the kernels, near enough to start."""
     shape = state_shape(kernels, repeats)
     random = generic(key, shape, kernels.dtype)
-    vectors, norms = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
-    vectors = jnp.swapaxes(vectors * _reciprocal(norms)[:, :, None, None], 1, 2)
-    scale = _reciprocal(jax.vmap(lambda kernel: unit(kernel)[0])(kernels))
+    vectors, squares = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
+    vectors = vectors * _over_root(squares)[:, None, :, None]
+    size = jax.vmap(lambda kernel: unit(kernel)[0])(kernels)
+    scale = 1 / jnp.where(size > 0, size, 1)
     return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
 
 
