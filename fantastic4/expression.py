@@ -65,6 +65,35 @@ def affine(expr: Expr) -> tuple[float, float] | None:
     return None
 
 
+def slopes(expr: Expr) -> frozenset[float] | None:
+    """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
+    straight = affine(expr)
+    if straight is not None:
+        return frozenset((straight[0],))
+    if expr.op in ("mul", "div"):
+        # Of a function in pieces with a number.
+        left, right = map(affine, expr.args)
+        if expr.op == "mul" and left is not None and left[0] == 0:
+            factor, inner = left[1], slopes(expr.args[1])
+        elif right is not None and right[0] == 0 and (expr.op == "mul" or right[1]):
+            factor, inner = right[1] if expr.op == "mul" else 1 / right[1], slopes(expr.args[0])
+        else:
+            return None
+        return None if inner is None else frozenset(factor * k for k in inner)
+    if expr.op not in ("neg", "add", "sub", "abs", "max", "min", "select"):
+        return None
+    parts = [slopes(arg) for arg in expr.args[2 if expr.op == "select" else 0 :]]
+    if any(part is None for part in parts):
+        return None
+    known = [part for part in parts if part is not None]
+    if expr.op in ("neg", "abs"):
+        return known[0] | {-k for k in known[0]}
+    if expr.op in ("add", "sub"):
+        sign = 1 if expr.op == "add" else -1
+        return frozenset(a + sign * b for a in known[0] for b in known[1])
+    return known[0] | known[1]
+
+
 def kinks(expr: Expr) -> set[float]:
     """Where an absolute value, a maximum or a selection of affine functions changes over."""
     found = set().union(*(kinks(arg) for arg in expr.args)) if expr.args else set()

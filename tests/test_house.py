@@ -24,30 +24,51 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds", "kernels"},
-    {"network", "wrapping"},
+    {"network", "wrapping", "lipschitz"},
     {"linen", "nnx", "transforms"},
     {"__init__"},
 ]
 
-PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder", "network"}
+LIPSCHITZ_FLOORS = [
+    {"graph"},
+    {"numbers"},
+    {"nodes"},
+    {"trace", "patterns", "order"},
+    {"moves", "linear", "register"},
+    {"scalars", "calls", "windows"},
+    {"choices"},
+    {"__init__"},
+]
+
+PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder", "network", "lipschitz"}
 HIDDEN = {name for floor in FLOORS for name in floor} - PUBLIC_MODULES
 
 
-def imports(path):
-    """The package's own modules that a module imports."""
+def imports(path, package="fantastic4"):
+    """The modules of a package that a module imports."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "fantastic4":
+        if isinstance(node, ast.ImportFrom) and node.module == package:
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fantastic4."):
-            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package + "."):
+            yield node.module.removeprefix(package + ".").split(".")[0]
 
 
 def test_imports_go_down_only():
     floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    modules = {path.stem: path for path in (ROOT / "fantastic4").glob("*.py")}
+    modules = {path.stem: [path] for path in (ROOT / "fantastic4").glob("*.py")}
+    modules["lipschitz"] = sorted((ROOT / "fantastic4" / "lipschitz").glob("*.py"))
     assert set(modules) == set(floor), "a new module needs a floor here and in CONTRIBUTING.md"
+    for name, paths in modules.items():
+        for imported in {found for path in paths for found in imports(path)} - {name}:
+            assert floor[imported] < floor[name], f"{name} imports {imported}, which is not below it"
+
+
+def test_imports_within_lipschitz_go_down_only():
+    floor = {name: i for i, names in enumerate(LIPSCHITZ_FLOORS) for name in names}
+    modules = {path.stem: path for path in (ROOT / "fantastic4" / "lipschitz").glob("*.py")}
+    assert set(modules) == set(floor), "a new module needs a floor here"
     for name, path in modules.items():
-        for imported in imports(path):
+        for imported in imports(path, "fantastic4.lipschitz"):
             assert floor[imported] < floor[name], f"{name} imports {imported}, which is not below it"
 
 

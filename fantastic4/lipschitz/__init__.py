@@ -1,0 +1,200 @@
+"""How far a whole network can move its output, by tracing the function that the user already has.
+
+`bound` traces a function of the input once, walks through its operations with a rule for each, and returns a number L
+with ‖f(x) - f(y)‖₂ ≤ L ‖x - y‖₂ for all x and y, and the path that made it. See docs/lipschitz.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fantastic4.bounds import METHODS
+from fantastic4.entry import choice
+from fantastic4.interval import norm_interval
+from fantastic4.lipschitz import calls, choices, linear, moves, scalars, windows  # noqa: F401 (they fill the table)
+from fantastic4.lipschitz.graph import Label, UnboundedError, reachable
+from fantastic4.lipschitz.nodes import Linear
+from fantastic4.lipschitz.numbers import Numbers, slope
+from fantastic4.lipschitz.order import first_order
+from fantastic4.lipschitz.register import register_rule
+from fantastic4.lipschitz.trace import Traced, trace
+from fantastic4.rounding import round_up
+
+__all__ = ["Bound", "Method", "Row", "UnboundedError", "bound", "curvature", "margins", "register_rule"]
+
+Method = str | Mapping[str, str]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An operation on the path of a `Bound`.
+
+    Attributes:
+      factor: its own constant; of a sum of branches, what it makes of the largest of them.
+      total: the constant from the input up to here.
+      label: operation, modules and line of code, static.
+      shape: of its result, static.
+    """
+
+    factor: Array
+    total: Array
+    label: Label = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A Lipschitz bound with the path that made it: a pytree; ``print`` it outside of jit.
+
+    Attributes:
+      value: the bound, a scalar.
+      rows: a `Row` an operation that changes it, or could.
+    """
+
+    value: Array
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        table = [("operation", "name", "shape", "factor", "total")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            name = row.label.name or row.label.source
+            table.append((row.label.operation, name, shape, f"{float(row.factor):.4g}", f"{float(row.total):.4g}"))
+        table.append(("Lipschitz at most", "", "", "", f"{float(self.value):.4g}"))
+        wide = [max(len(line[i]) for line in table) for i in range(5)]
+        left = "\n".join(
+            f"{o:<{wide[0]}}  {n:<{wide[1]}}  {s:<{wide[2]}}  {f:>{wide[3]}}  {t:>{wide[4]}}" for o, n, s, f, t in table
+        )
+        return left
+
+
+def _numbers(traced: Traced, method: Method) -> Numbers:
+    """The user's ``method``, checked, as a function of a layer's name and kernel."""
+    known = (*METHODS, "interval")
+    globs = {"*": method} if isinstance(method, str) else dict(method)
+    chosen = {glob: choice(*known)("method", word) for glob, word in globs.items()}
+
+    def of(name: str) -> str:
+        found = "four"
+        for glob, word in chosen.items():
+            if fnmatch.fnmatchcase(name, glob):
+                found = word
+        return found
+
+    def interval(kernel: Array, spec: Any) -> Array:
+        if isinstance(kernel, jax.core.Tracer):
+            raise ValueError(
+                "method 'interval' works on numbers, not inside jit or grad: call lipschitz.bound outside, "
+                "or take method 'grid'"
+            )
+        return jnp.asarray(norm_interval(kernel, spec).upper, kernel.dtype)
+
+    return Numbers(traced.dtype, of, interval)
+
+
+def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
+    r"""A sound bound L of a function's Lipschitz constant: ‖f(x) - f(y)‖₂ ≤ L ‖x - y‖₂ for all x, y.
+
+    The norms are over all entries, so for a function that treats a batch example by example, L is that of one example.
+    Sound in real arithmetic on the constants as JAX computes them, with all rounding of the bound itself included; what
+    the network's own evaluation rounds is not part of it.
+
+    Composition multiplies, a sum of branches adds, concatenation takes the root of the sum of squares. Tighter than the
+    product of layers: batch norm and scales are folded into the convolution or matrix before them, two matrices in a
+    row become one, a function of one number (GELU, SiLU, x + tanh x, …) is recognised whatever operations it is written
+    in and its steepest slope is proved, entries that are moved, padded or repeated count exactly.
+
+    Args:
+      fn: any JAX function of the input alone, with the params closed over: ``lambda x: model.apply(variables, x)``, an
+        NNX module, an Equinox module.
+      x: an example input, an array or a tree of them, or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
+      method: how convolutions are bounded: a method of `fantastic4.bound`, or ``"interval"`` for
+        `fantastic4.norm_interval` (outside of jit); or a mapping from globs of layer names to these, a later one wins.
+
+    Returns:
+      `Bound`, in float32 (float64 for a float64 input). Differentiable by the params and made under ``jit`` like any
+      other JAX function of them. NaN where a constant is NaN.
+
+    Raises:
+      UnboundedError: an operation without a Lipschitz constant on the whole space, or without one that is known; it
+        names the operation, its line in the user's code, and what can be done.
+      ValueError: an input that is not of real floating arrays, an unknown method.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import lipschitz
+      >>> kernel = jnp.diag(jnp.array([3.0, 2.0]))
+      >>> print(round(float(lipschitz.bound(lambda x: jax.nn.sigmoid(x @ kernel), jnp.ones((1, 2))).value), 3))
+      0.75
+    """
+    traced = trace(fn, x)
+    how = _numbers(traced, method)
+    steps, totals = first_order(reachable(traced.outputs), traced.outputs, how)
+    value = how.root_sum_squares(totals) if totals else jnp.zeros((), traced.dtype)
+    return Bound(value, tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
+
+
+def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
+    """Lipschitz bounds of all margins ``z_i - z_j`` of a classifier's logits: tighter than √2 times the whole one.
+
+    Where the logits are ``h @ W + b``, the margin's is that of h times ‖w_i - w_j‖.
+
+    Args:
+      fn: as for `bound`, with logits ``(…, classes)``.
+      x: as for `bound`.
+      method: as for `bound`.
+
+    Returns:
+      ``(classes, classes)``, 0 on the diagonal; differentiable.
+
+    Raises:
+      ValueError: what `bound` raises, or a function whose output is not one array of logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import lipschitz
+      >>> weights = jnp.array([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+      >>> print(lipschitz.margins(lambda x: x @ weights, jnp.ones((1, 2))).round(2)[0])
+      [0.        3.1599998 1.       ]
+    """
+    traced = trace(fn, x)
+    if len(traced.outputs) != 1 or not traced.outputs[0].shape:
+        raise ValueError("margins are of one array of logits: let fn return (…, classes)")
+    (logits,) = traced.outputs
+    how = _numbers(traced, method)
+    _, (total,) = first_order(reachable(traced.outputs), traced.outputs, how)
+    classes = logits.shape[-1]
+    apart = ~jnp.eye(classes, dtype=bool)
+    plain = jnp.where(apart, how.times(2**0.5 * (1 + 1e-15), total), 0)
+    last = logits.node
+    if not (isinstance(last, Linear) and last.is_last_matrix and logits.is_shifted):
+        return plain
+    below = how.times(how.root(last.inputs[0]), slope(last.inputs[0]), how.of(last.inputs[0].node))
+    columns = last.kernel[0].T.astype(traced.dtype)
+
+    def from_one(column: Array) -> Array:
+        squares = jnp.sum((columns - column) ** 2, axis=1)
+        safe = jnp.where(squares > 0, squares, 1)
+        return jnp.where(squares > 0, jnp.sqrt(safe), 0)
+
+    # Differences are right to one rounding; sums of squares as long as a column.
+    distances = round_up(lax.map(from_one, columns), columns.shape[1] + 8)
+    size = (
+        float(jnp.finfo(traced.dtype).tiny) ** 0.5 * columns.shape[1]
+    )  # what squares may lose below the smallest float
+    lost = last.lost * 2 + size
+    exact = how.times(round_up(distances + lost, 2), below)
+    return jnp.where(apart, jnp.minimum(plain, exact), 0)
+
+
+def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
+    raise NotImplementedError

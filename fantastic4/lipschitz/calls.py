@@ -1,0 +1,138 @@
+"""Rules of functions that are called, repeated and chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from fantastic4.expression import X
+from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.moves import concatenate, moved
+from fantastic4.lipschitz.nodes import Either
+from fantastic4.lipschitz.trace import Refused, Walk, is_constant, is_known, rule, shape_and_dtype
+
+_LONGEST = 100_000  # iterations of a while loop
+
+
+@rule("jit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+def _call(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
+    with _inside(walk, eqn):
+        closed = isinstance(inner, core.ClosedJaxpr)
+        results = walk.closed(inner, operands) if closed else walk.jaxpr(inner, [], operands)
+    return [_named(result, operands, str(eqn.params.get("name", ""))) for result in results]
+
+
+def _named(result: Any, operands: Sequence[Any], name: str) -> Any:
+    """A scalar function is shown by the name of the function that the user called; nothing is concluded from it."""
+    if not name or name.startswith("_") or name == "<lambda>" or not isinstance(result, Signal) or result.expr == X:
+        return result
+    if any(isinstance(o, Signal) and o.node is result.node and o.expr == X for o in operands):
+        return dataclasses.replace(result, label=dataclasses.replace(result.label, operation=name))
+    return result
+
+
+class _inside:
+    """Names of the equations in a called jaxpr begin with the caller's."""
+
+    def __init__(self, walk: Walk, eqn: core.JaxprEqn):
+        self.walk, self.stack = walk, str(eqn.source_info.name_stack)
+
+    def __enter__(self) -> None:
+        self.walk.prefix.append(self.stack)
+
+    def __exit__(self, *_: object) -> None:
+        self.walk.prefix.pop()
+
+
+@rule("scan")
+def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    p = eqn.params
+    fixed, carry = operands[: p["num_consts"]], operands[p["num_consts"] : p["num_consts"] + p["num_carry"]]
+    sequences = operands[p["num_consts"] + p["num_carry"] :]
+    order = range(p["length"])[:: -1 if p["reverse"] else 1]
+    stacked: dict[int, list[Any]] = {}
+    for i in order:
+        with _inside(walk, eqn):
+            results = walk.closed(p["jaxpr"], [*fixed, *carry, *(_entry(s, i) for s in sequences)])
+        carry = results[: p["num_carry"]]
+        stacked[i] = results[p["num_carry"] :]
+    ys = []
+    for j, variable in enumerate(eqn.outvars[p["num_carry"] :]):
+        members = [stacked[i][j] for i in range(p["length"])]
+        if not members:
+            ys.append(jnp.zeros(*shape_and_dtype(variable)))
+        else:
+            ys.append(_stack(members, walk.label(eqn)))
+    return [*carry, *ys]
+
+
+def _entry(value: Any, i: int) -> Any:
+    """``value[i]``."""
+    if isinstance(value, Refused):
+        return value
+    if isinstance(value, Signal):
+        return moved(value, value.places[i])
+    return value[i]
+
+
+def _stack(members: Sequence[Any], label: Label) -> Any:
+    refused = [m for m in members if isinstance(m, Refused)]
+    if refused:
+        return refused[0]
+    if all(map(is_constant, members)):
+        return jnp.stack(members)
+    rows = [moved(m, m.places[None]) if isinstance(m, Signal) else jnp.asarray(m)[None] for m in members]
+    return concatenate(rows, 0, label)
+
+
+@rule("cond")
+def _cond(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    which, *arguments = operands
+    branches = eqn.params["branches"]
+    if not is_constant(which):
+        if isinstance(which, Refused):
+            return walk.refuse(eqn, "chooses a branch by the input, so it may jump: " + which.reason)
+        return walk.refuse(eqn, "chooses a branch by the input, so it may jump: jnp.where of elementwise functions is "
+                                "looked into")  # fmt: skip
+    with _inside(walk, eqn):
+        if is_known(which):
+            return walk.closed(branches[int(np.clip(which, 0, len(branches) - 1))], arguments)
+        every = [walk.closed(branch, arguments) for branch in branches]
+    results: list[Any] = []
+    for members in zip(*every, strict=True):
+        refused = [m for m in members if isinstance(m, Refused)]
+        signals = tuple(m for m in members if isinstance(m, Signal))
+        if refused:
+            results.append(refused[0])
+        elif signals:
+            results.append(whole(Either(walk.label(eqn), signals[0].shape, signals)))
+        else:
+            results.append(lax.select_n(jnp.clip(which, 0, len(branches) - 1), *members))
+    return results
+
+
+@rule("while")
+def _while(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    p = eqn.params
+    condition, body = p["cond_nconsts"], p["body_nconsts"]
+    conditions, bodies, carry = (
+        operands[:condition],
+        operands[condition : condition + body],
+        operands[condition + body :],
+    )
+    for _ in range(_LONGEST):
+        with _inside(walk, eqn):
+            go = walk.closed(p["cond_jaxpr"], [*conditions, *carry])[0]
+            if not is_known(go):
+                return walk.refuse(eqn, "runs a number of times that is not known while tracing: use a fixed number")
+            if not bool(go):
+                return carry
+            carry = walk.closed(p["body_jaxpr"], [*bodies, *carry])
+    return walk.refuse(eqn, f"runs more than {_LONGEST} times")

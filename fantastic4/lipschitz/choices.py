@@ -1,0 +1,94 @@
+"""Rules of comparisons and of what is chosen by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from fantastic4.expression import Expr, X, const
+from fantastic4.lipschitz.graph import Signal, whole
+from fantastic4.lipschitz.moves import moved
+from fantastic4.lipschitz.nodes import Joint
+from fantastic4.lipschitz.scalars import aligned, scalar
+from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
+
+
+@rule("lt", "gt", "le", "ge", "eq", "ne")
+def _compare(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    name = eqn.primitive.name
+    a, b = aligned(operands, out_shape(eqn))
+    signal = a if isinstance(a, Signal) else b
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        if not a.same_entries(b):
+            return walk.refuse(eqn, "compares two signals, and a choice by that may jump: use jnp.maximum, jnp.minimum")
+        if a.expr == b.expr:  # x != x asks for NaN, which real numbers are not
+            return np.full(a.shape, name in ("le", "ge", "eq"))
+        left, right = a.expr, b.expr
+    else:
+        number = uniform(b if isinstance(a, Signal) else a)
+        if number is None or not math.isfinite(number):
+            return walk.refuse(eqn, "compares with numbers that differ or are not known: a choice by that may jump")
+        left, right = (a.expr, const(number)) if isinstance(a, Signal) else (const(number), b.expr)
+    if name in ("eq", "ne"):
+        return walk.refuse(eqn, "asks for equality, and a choice by that jumps")
+    of = dataclasses.replace(signal, expr=X)
+    less = Comparison("less", (left, right) if name in ("lt", "ge") else (right, left), of)
+    return less if name in ("lt", "gt") else Comparison("not", (less,), of)
+
+
+@rule("not", "and", "or")
+def _logic(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    name = eqn.primitive.name
+    comparisons = [o for o in operands if isinstance(o, Comparison)]
+    if len(comparisons) == len(operands) and all(c.of.same_entries(comparisons[0].of) for c in comparisons):
+        return Comparison(name, tuple(comparisons), comparisons[0].of)
+    return walk.refuse(eqn, "joins comparisons of different signals, and a choice by that may jump")
+
+
+def _select(by: Comparison, yes: Expr, no: Expr) -> Expr:
+    if by.kind == "less":
+        return Expr("select", (*by.parts, yes, no))
+    if by.kind == "not":
+        return _select(by.parts[0], no, yes)
+    if by.kind == "and":
+        return _select(by.parts[0], _select(by.parts[1], yes, no), no)
+    return _select(by.parts[0], yes, _select(by.parts[1], yes, no))
+
+
+@rule("select_n")
+def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    by, *cases = operands
+    label, shape = walk.label(eqn), out_shape(eqn)
+    if isinstance(by, Comparison):
+        exprs = []
+        for case in cases:
+            number = uniform(case)
+            if isinstance(case, Signal) and case.same_entries(by.of):
+                exprs.append(case.expr)
+            elif number is not None and math.isfinite(number):
+                exprs.append(const(number))
+            else:
+                return walk.refuse(eqn, "chooses by the input between what is not a function of the same entries: it "
+                                        "may jump")  # fmt: skip
+        return scalar(by.of, _select(by, exprs[1], exprs[0]), label)
+    if not is_constant(by):
+        return walk.refuse(eqn, "chooses by the input: it may jump")
+    number = uniform(by)
+    if number is not None:
+        return cases[int(number)]
+    signals = [c for c in cases if isinstance(c, Signal)]
+    if is_known(by) and len({(id(s.node), s.expr) for s in signals}) == 1:
+        # Which entry comes from where is known: entries move.
+        chosen = np.broadcast_to(np.asarray(by).astype(int), shape)
+        places = [c.places if isinstance(c, Signal) else np.full(shape, -1, np.int64) for c in cases]
+        return moved(dataclasses.replace(signals[0], shape=shape), np.choose(chosen, places))
+    return whole(Joint(label, shape, tuple(signals)))
+
+
+@rule("round", "floor", "ceil", "sign", "argmax", "argmin", "nextafter", "population_count")
+def _jump(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    return walk.refuse(eqn, "jumps: no Lipschitz constant. Leave it out of what is bounded")

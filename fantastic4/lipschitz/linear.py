@@ -1,0 +1,110 @@
+"""Rules of matrix products and convolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from fantastic4.conv import ConvSpec
+from fantastic4.lipschitz import patterns
+from fantastic4.lipschitz.graph import Signal, whole
+from fantastic4.lipschitz.nodes import Linear
+from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule
+
+
+@rule("dot_general")
+def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (contract, batch) = eqn.params["dimension_numbers"]
+    left_first = isinstance(operands[0], Signal)
+    if left_first and isinstance(operands[1], Signal):
+        return walk.refuse(eqn, "multiplies two signals that both depend on the input, as attention does: no Lipschitz "
+                                "constant on the whole space")  # fmt: skip
+    signal, matrix = operands if left_first else operands[::-1]
+    matrix = jnp.asarray(matrix)
+    own, shared = (1, 1) if left_first else (0, 0)
+    contracted, batched = contract[own], batch[shared]
+    free = tuple(a for a in range(matrix.ndim) if a not in (*contracted, *batched))
+    shape = out_shape(eqn)
+    sizes = [matrix.shape[a] for a in free]
+    together = jnp.transpose(matrix, (*batched, *contracted, *free)).reshape(
+        math.prod(matrix.shape[a] for a in batched), math.prod(matrix.shape[a] for a in contracted), math.prod(sizes)
+    )
+    together = together.astype(jnp.promote_types(together.dtype, jnp.float32))
+    count = len(shape) - len(batched) - len(sizes)  # free axes of the signal
+    start = len(batched) + (count if left_first else 0)
+    inputs = signal.shape
+    # Operands of one signal whose contracted axes are the last, for the composition of matrices.
+    last = tuple(range(len(inputs) - len(contract[1 - own]), len(inputs)))
+
+    def apply(kernel: Any, x: Any) -> Any:
+        back = kernel.reshape([matrix.shape[a] for a in (*batched, *contracted, *free)])
+        back = jnp.transpose(back, [int(a) for a in np.argsort((*batched, *contracted, *free))])
+        left, right = (x, back) if left_first else (back, x)
+        return lax.dot_general(left, right, eqn.params["dimension_numbers"], precision=lax.Precision.HIGHEST)
+
+    node = Linear(
+        walk.label(eqn, "dense"), shape, (signal,), kernel=together, apply=apply,
+        features=tuple(range(start, start + len(sizes))),
+    )  # fmt: skip
+    before = signal.node
+    if (
+        isinstance(before, Linear)
+        and signal.plain
+        and signal.shape == before.shape
+        and tuple(contract[1 - own]) == last == before.features
+        and not batched
+    ):
+        return whole(node.after(before) or node)
+    return whole(node)
+
+
+@rule("conv_general_dilated")
+def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    signal, kernel = operands
+    p = eqn.params
+    if not isinstance(signal, Signal) or not is_constant(kernel):
+        return walk.refuse(eqn, "convolves with a kernel that depends on the input: no Lipschitz constant")
+    if p["batch_group_count"] != 1:
+        return walk.refuse(eqn, "has batch_group_count: register a rule")
+    numbers = p["dimension_numbers"]
+    output, inputs, *spatial = numbers.rhs_spec
+    if not 1 <= len(spatial) <= 3:
+        return walk.refuse(eqn, f"has {len(spatial)} spatial axes, and 1 to 3 are known: register a rule")
+    kernel = jnp.asarray(kernel)
+    arranged = jnp.transpose(kernel, (*spatial, inputs, output))
+    arranged = arranged.astype(jnp.promote_types(arranged.dtype, jnp.float32))
+    dilated = any(d > 1 for d in p["lhs_dilation"])
+    # Zero padding of any amount has the same bound; fewer outputs than stride 1 gives are some of its.
+    spec = ConvSpec(
+        strides=tuple(p["lhs_dilation"] if dilated else p["window_strides"]),
+        dilation=tuple(p["rhs_dilation"]),
+        groups=p["feature_group_count"],
+        padding="VALID",
+        transposed=dilated,
+    )
+    source = signal
+    if not dilated and signal.index is not None:
+        found = patterns.padded(signal, numbers.lhs_spec[2:], arranged.shape[:-2], p)
+        if found is not None:
+            source, padding = found
+            spec = dataclasses.replace(spec, padding=padding)
+
+    def apply(kernel: Any, x: Any) -> Any:
+        back = jnp.transpose(kernel, [int(a) for a in np.argsort((*spatial, inputs, output))])
+        return lax.conv_general_dilated(
+            x, back, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], numbers,
+            p["feature_group_count"], precision=lax.Precision.HIGHEST,
+        )  # fmt: skip
+
+    shape = out_shape(eqn)
+    label = walk.label(eqn, "conv")
+    return whole(
+        Linear(label, shape, (source,), kernel=arranged, spec=spec, features=(numbers.out_spec[1],),
+               apply=apply if source is signal else None)
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Rules of operations that move, repeat and join entries."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.nodes import Joint
+from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule
+
+
+def moved(signal: Signal, places: np.ndarray) -> Signal:
+    """A signal of the same node and function that reads other entries."""
+    return dataclasses.replace(signal, shape=places.shape, index=places)
+
+
+@rule("reshape")
+def _reshape(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    (signal,) = operands
+    shape = eqn.params["new_sizes"]
+    return dataclasses.replace(
+        signal, shape=tuple(shape), index=None if signal.index is None else signal.index.reshape(shape)
+    )
+
+
+@rule("squeeze", "expand_dims")
+def _squeeze(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    shape = out_shape(eqn)
+    (signal,) = operands
+    return dataclasses.replace(signal, shape=shape, index=None if signal.index is None else signal.index.reshape(shape))
+
+
+@rule("transpose")
+def _transpose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    return moved(operands[0], operands[0].places.transpose(eqn.params["permutation"]))
+
+
+@rule("rev")
+def _rev(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    return moved(operands[0], np.flip(operands[0].places, eqn.params["dimensions"]))
+
+
+@rule("slice")
+def _slice(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    p = eqn.params
+    steps = p["strides"] or (1,) * len(p["start_indices"])
+    cut = tuple(slice(a, b, s) for a, b, s in zip(p["start_indices"], p["limit_indices"], steps, strict=True))
+    return moved(operands[0], operands[0].places[cut])
+
+
+@rule("split")
+def _split(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Signal]:
+    ends = np.cumsum(eqn.params["sizes"])[:-1]
+    return [moved(operands[0], part) for part in np.split(operands[0].places, ends, eqn.params["axis"])]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    signal, shape = operands[0], eqn.params["shape"]
+    if math.prod(shape) == math.prod(signal.shape):
+        return dataclasses.replace(
+            signal, shape=tuple(shape), index=None if signal.index is None else signal.index.reshape(shape)
+        )
+    spread = [1] * len(shape)
+    for axis, place in enumerate(eqn.params["broadcast_dimensions"]):
+        spread[place] = signal.shape[axis]
+    return moved(signal, np.broadcast_to(signal.places.reshape(spread), shape))
+
+
+@rule("pad")
+def _pad(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    signal, value = operands
+    if not isinstance(signal, Signal) or not is_constant(value):
+        return walk.refuse(eqn, "pads with a number that depends on the input: pad with a constant")
+    places = signal.places
+    config = eqn.params["padding_config"]
+    out = np.full(out_shape(eqn), -1, np.int64)
+    source, target = [], []
+    for n, m, (low, _, inner) in zip(places.shape, out.shape, config, strict=True):
+        at = low + np.arange(n) * (inner + 1)
+        keep = (at >= 0) & (at < m)
+        source.append(np.flatnonzero(keep))
+        target.append(at[keep])
+    out[np.ix_(*target)] = places[np.ix_(*source)]
+    return moved(signal, out)
+
+
+def concatenate(operands: Sequence[Any], axis: int, label: Label) -> Signal:
+    """Signals and constants, one after the other."""
+    signals = [o for o in operands if isinstance(o, Signal)]
+    first = signals[0]
+    if all(s.node is first.node and s.expr == first.expr for s in signals):
+        places = [o.places if isinstance(o, Signal) else np.full(np.shape(o), -1, np.int64) for o in operands]
+        return moved(first, np.concatenate(places, axis))
+    shape = list(first.shape)
+    shape[axis] = sum(o.shape[axis] if isinstance(o, Signal) else np.shape(o)[axis] for o in operands)
+    return whole(Joint(label, tuple(shape), tuple(signals)))
+
+
+@rule("concatenate")
+def _concatenation(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    return concatenate(operands, eqn.params["dimension"], walk.label(eqn))
+
+
+@rule("stack")
+def _stacked(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    axis = eqn.params["axis"]
+    apart = [
+        moved(o, np.expand_dims(o.places, axis))
+        if isinstance(o, Signal)
+        else np.expand_dims(np.zeros(np.shape(o)), axis)
+        for o in operands
+    ]
+    return concatenate(apart, axis, walk.label(eqn))
+
+
+@rule("unstack")
+def _unstacked(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Signal]:
+    (signal,) = operands
+    axis = eqn.params["axis"]
+    return [moved(signal, np.take(signal.places, i, axis)) for i in range(signal.shape[axis])]
+
+
+@rule("tile")
+def _tile(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    return moved(operands[0], np.tile(operands[0].places, eqn.params["reps"]))
+
+
+@rule("gather", "dynamic_slice")
+def _gather(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    signal, *where = operands
+    if not isinstance(signal, Signal) or not all(map(is_known, where)):
+        return walk.refuse(eqn, "looks entries up at places that are not known while tracing: use fixed ones")
+    with jax.ensure_compile_time_eval():
+        (places,) = evaluate(eqn, [jnp.asarray(signal.places, jnp.int32), *where])
+    return moved(signal, np.maximum(np.asarray(places, np.int64), -1))
+
+
+@rule("dynamic_update_slice")
+def _update(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    into, new, *where = operands
+    if not all(map(is_known, where)):
+        return walk.refuse(eqn, "writes entries to places that are not known while tracing: use fixed ones")
+    shape = out_shape(eqn)
+    starts = [int(np.clip(int(w), 0, n - m)) for w, n, m in zip(where, shape, np.shape(new), strict=True)]
+    inside = tuple(slice(s, s + m) for s, m in zip(starts, np.shape(new), strict=True))
+    places = np.full(shape, -1, np.int64)
+    parts = []
+    if isinstance(into, Signal):
+        kept = into.places.copy()
+        kept[inside] = -1
+        parts.append(moved(into, kept))
+    if isinstance(new, Signal):
+        places[inside] = new.places
+        parts.append(moved(new, places))
+    return parts[0] if len(parts) == 1 else whole(Joint(walk.label(eqn), tuple(shape), tuple(parts)))
+
+
+@rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision", "sharding_constraint", "mesh_cast")
+def _same(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    return operands
+
+
+@rule("convert_element_type")
+def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) and isinstance(operands[0], Signal):
+        return operands[0]
+    return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")

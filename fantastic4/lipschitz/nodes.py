@@ -1,0 +1,229 @@
+"""The kinds of nodes, each with its Lipschitz constant and that of its derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fantastic4 import dense
+from fantastic4.bounds import bound
+from fantastic4.conv import ConvSpec, canonical
+from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
+from fantastic4.lipschitz.numbers import Numbers, slope
+from fantastic4.rounding import constant_up, gamma, round_up, unit_roundoff
+
+
+@dataclasses.dataclass(eq=False)
+class Input(Node):
+    """The function's input itself."""
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """1."""
+        return jnp.ones((), how.dtype)
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """0."""
+        return jnp.zeros((), how.dtype)
+
+
+@dataclasses.dataclass(eq=False)
+class Fixed(Node):
+    """An operation with a Lipschitz constant of its own.
+
+    Attributes:
+      factor: the constant.
+      linear: whether it is linear, up to a constant.
+    """
+
+    factor: float | Array = 1.0
+    linear: bool = False
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """Factor times the constant of its inputs, taken together."""
+        together = how.root_sum_squares(given)
+        return together if isinstance(self.factor, float) and self.factor == 1 else how.times(self.factor, together)
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """As linear maps do; others have none that is known."""
+        if not self.linear:
+            return super().curvature(given, how)
+        return how.times(self.factor, how.root_sum_squares([second for _, second in given]))
+
+
+@dataclasses.dataclass(eq=False)
+class Reduced(Fixed):
+    """A reduction over axes.
+
+    Attributes:
+      axes: which.
+    """
+
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Sum(Node):
+    """A sum or a difference of signals.
+
+    Attributes:
+      sign: of the second.
+    """
+
+    sign: int = 1
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """The sum, or √2 times the root of the sum of squares where both read one node."""
+        total = how.sum(given)
+        if self.inputs[0].node is self.inputs[1].node:
+            (a, b), node = self.inputs, self.inputs[0].node
+            together = math.sqrt(2 * multiplicity(a.places, b.places)) * max(slope(a), slope(b))
+            return jnp.minimum(total, how.times(together, how.of(node)))
+        return total
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """The sum."""
+        return how.sum([second for _, second in given])
+
+
+@dataclasses.dataclass(eq=False)
+class Joint(Node):
+    """Entries of several signals, each at most once: side by side, the larger of two, or chosen by a constant.
+
+    Attributes:
+      linear: whether it is linear, up to a constant.
+    """
+
+    linear: bool = True
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """Root of the sum of squares, with signals of one node taken together."""
+        parts: dict[int, list[Signal]] = {}
+        for signal in self.inputs:
+            parts.setdefault(id(signal.node), []).append(signal)
+        terms = []
+        for signals in parts.values():
+            times = multiplicity(*(s.places for s in signals))
+            factor = max(map(slope, signals)) * (1.0 if times == 1 else math.sqrt(times) * (1 + 1e-15))
+            below = how.of(signals[0].node)
+            terms.append(below if factor == 1 else how.times(factor, below))
+        return how.root_sum_squares(terms)
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """Root of the sum of squares."""
+        if not self.linear:
+            return super().curvature(given, how)
+        return how.root_sum_squares([second for _, second in given])
+
+
+@dataclasses.dataclass(eq=False)
+class Either(Node):
+    """One of several signals, which one the input does not decide."""
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """The largest."""
+        return functools.reduce(jnp.maximum, given)
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """The largest."""
+        return functools.reduce(jnp.maximum, [second for _, second in given])
+
+
+@dataclasses.dataclass(eq=False)
+class Linear(Node):
+    """A convolution or a matrix, plus any constant.
+
+    Attributes:
+      kernel: of a convolution ``(*spatial, c_in // groups, c_out)``; matrices ``(batch, n_in, n_out)``.
+      spec: of a convolution; None for matrices.
+      features: which axes of the shape the last axis of the kernel is, in order.
+      lost: what rounding has taken from the norm while scales were folded into the kernel.
+      apply: the linear map itself, of a kernel and an array of the input's shape.
+    """
+
+    kernel: Array = dataclasses.field(default_factory=lambda: jnp.zeros(0))
+    spec: ConvSpec | None = None
+    features: tuple[int, ...] = ()
+    lost: Array | float = 0.0
+    apply: Any = None
+
+    def norm(self, how: Numbers) -> Array:
+        """An upper bound of its norm."""
+        if self.spec is None:
+            matrices = self.kernel
+            found = dense.bound(matrices[0]) if len(matrices) == 1 else jnp.max(jax.vmap(dense.bound)(matrices))
+            if len(matrices) > 1:  # a maximum over thousands may drop a NaN
+                found = jnp.where(jnp.any(jnp.isnan(matrices)), jnp.nan, found)
+        else:
+            method = how.method(self.label.name)
+            if method == "interval":
+                found = how.interval(self.kernel, self.spec)
+            else:
+                found = bound(self.kernel, self.spec, method=method)
+        return found if isinstance(self.lost, float) else round_up(found + self.lost, 2)
+
+    @property
+    def is_last_matrix(self) -> bool:
+        """Whether it is one matrix whose columns are the last axis."""
+        return self.spec is None and len(self.kernel) == 1 and self.features == (len(self.shape) - 1,)
+
+    def shifted(self, label: Label) -> Linear:
+        """The same plus a constant: another node, with the same kernel."""
+        return dataclasses.replace(self, label=dataclasses.replace(self.label, name=self.label.name or label.name))
+
+    def _size(self) -> Array:
+        """An upper bound of the norm by sizes alone: √taps · Frobenius norm."""
+        flat = lax.stop_gradient(self.kernel).reshape(-1, self.kernel.shape[-1])
+        size = dense.frobenius_bound(flat)
+        if self.spec is None:
+            return size
+        taps, factor = math.prod(self.kernel.shape[:-2]), canonical(self.kernel, self.spec)[1]
+        return round_up(size * constant_up(math.sqrt(taps) * factor, size.dtype), 2)
+
+    def scaled(self, by: Array, label: Label) -> Linear | None:
+        """Its outputs times a constant that goes by feature; None where it does not."""
+        sizes = [self.shape[a] for a in self.features]
+        if by.ndim != len(self.shape) or any(n != 1 for a, n in enumerate(by.shape) if a not in self.features):
+            return None
+        if self.spec is None and len(self.kernel) > 1:
+            return None
+        columns = jnp.broadcast_to(by, [n if a in self.features else 1 for a, n in enumerate(self.shape)])
+        columns = columns.reshape(sizes).reshape(-1).astype(self.kernel.dtype)
+        new = dataclasses.replace(self, kernel=self.kernel * columns, label=self.label)
+        # An entry is off by a rounding or two, and by less than the smallest float where it vanishes.
+        largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
+        u = 4.1 * unit_roundoff(self.kernel.dtype)
+        tiny = float(jnp.finfo(self.kernel.dtype).tiny) * self.kernel.size
+        new.lost = round_up(largest * self.lost + constant_up(u, new.kernel.dtype) * new._size() + tiny, 6)
+        return new
+
+    def after(self, first: Linear) -> Linear | None:
+        """This matrix applied to the outputs of another, as one matrix, where that costs no more than its norm."""
+        if self.spec is not None or first.spec is not None or len(self.kernel) > 1 or len(first.kernel) > 1:
+            return None
+        if first.kernel.shape[2] != self.kernel.shape[1]:
+            return None
+        if min(first.kernel.shape[1], self.kernel.shape[2]) > first.kernel.shape[2]:
+            return None
+        product = jnp.matmul(first.kernel[0], self.kernel[0], precision=lax.Precision.HIGHEST)[None]
+        new = dataclasses.replace(self, kernel=product, inputs=first.inputs)
+        one, two = first._size(), self._size()
+        error = gamma(first.kernel.shape[2] + 2, product.dtype)
+        lost = error * one * two + first.lost * two + one * self.lost + first.lost * self.lost
+        new.lost = round_up(jnp.asarray(lost), 12)
+        new.apply = None
+        return new
+
+    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
+        """The norm times the input's constant."""
+        return how.times(how.norm(self), given[0])
+
+    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
+        """The norm times the input's."""
+        return how.times(how.norm(self), given[0][1])

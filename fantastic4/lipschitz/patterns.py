@@ -1,0 +1,143 @@
+"""Operations that arrive in pieces, recognised by what the pieces compute, never by a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from fantastic4.expression import Expr, X, affine
+from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
+
+_EXP = Expr("exp", (X,))
+
+
+def _spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
+    """Whether a signal is all of a reduced node, spread back over the axes that were reduced."""
+    kept = [1 if a in axes else n for a, n in enumerate(shape)]
+    wanted = np.broadcast_to(np.arange(int(np.prod(kept))).reshape(kept), shape)
+    return small.shape == shape and np.array_equal(small.places, wanted)
+
+
+def _level(signal: Signal, axes: Sequence[int]) -> bool:
+    """Whether a signal is the same along axes."""
+    places = signal.places
+    return bool(np.all(places == np.take(places, [0], axis=axes[0]))) if len(axes) == 1 else all(
+        _level(signal, (a,)) for a in axes
+    )  # fmt: skip
+
+
+def _without_level(signal: Signal, axes: Sequence[int]) -> Signal:
+    """X for x - c with c the same along axes: softmax and its kin do not see c."""
+    node = signal.node
+    if signal.plain and isinstance(node, Sum) and node.sign < 0 and _level(node.inputs[1], axes):
+        return dataclasses.replace(node.inputs[0], label=node.inputs[0].label)
+    return signal
+
+
+def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | None:
+    """The axes, where a signal's node is the sum of exp(exponent) over axes."""
+    node = signal.node
+    if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or not node.axes:
+        return None
+    (inner,) = node.inputs
+    same = inner.expr == _EXP and dataclasses.replace(inner, expr=X).same_entries(exponent)
+    return node.axes if same else None
+
+
+def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
+    """``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½."""
+    if top.expr != _EXP or bottom.expr != X:
+        return None
+    exponent = dataclasses.replace(top, expr=X)
+    axes = _sum_of_exponentials(bottom, exponent)
+    if axes is None or not _spread_of(bottom, top.shape, axes):
+        return None
+    source = _without_level(exponent, axes)
+    return whole(Fixed(dataclasses.replace(label, operation="softmax"), top.shape, (source,), 0.5))
+
+
+def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """``exp(z) · (1 / Σ exp(z))``."""
+    over = Expr("div", (Expr("const", (), 1.0), X))
+    for top, bottom in ((a, b), (b, a)):
+        if bottom.expr == over:
+            return softmax(top, dataclasses.replace(bottom, expr=X), label)
+    return None
+
+
+def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """``z - log Σ exp(z)``: its Jacobian I - 1pᵀ is a projection, of the norm √n ‖p‖ ≤ √n."""
+    if a.expr != X or b.expr not in _LOGS:
+        return None
+    axes = _sum_of_exponentials(b, a)
+    if axes is None or not _spread_of(b, a.shape, axes):
+        return None
+    count = int(np.prod([a.shape[x] for x in axes]))
+    source = _without_level(a, axes)
+    return whole(Fixed(dataclasses.replace(label, operation="log_softmax"), a.shape, (source,), count**0.5))
+
+
+_LOGS = (Expr("log", (X,)), Expr("log", (Expr("abs", (X,)),)))
+
+
+def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """``log Σ exp(x - c) + c``: its gradient is a vector of probabilities, of length at most 1."""
+    for outer, level in ((a, b), (b, a)):
+        if outer.expr not in _LOGS or not isinstance(outer.node, Reduced) or outer.index is not None:
+            continue
+        (inner,) = outer.node.inputs
+        exponent = dataclasses.replace(inner, expr=X)
+        axes = _sum_of_exponentials(outer, exponent)
+        node = exponent.node
+        if axes is None or not exponent.plain or not isinstance(node, Sum) or node.sign > 0:
+            continue
+        source, taken = node.inputs
+        small = level.places.reshape([1 if i in axes else n for i, n in enumerate(source.shape)])
+        same = taken.node is level.node and taken.expr == level.expr
+        if same and np.array_equal(taken.places, np.broadcast_to(small, source.shape)):
+            name = dataclasses.replace(label, operation="logsumexp")
+            return whole(Fixed(name, outer.shape, (source,)))
+    return None
+
+
+def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """``x - c Σ x`` over axes, as x minus its mean: eigenvalues 1 and 1 - c n."""
+    straight = affine(b.expr)
+    node = b.node
+    if straight is None or not isinstance(node, Reduced) or node.label.operation != "reduce_sum":
+        return None
+    (inner,) = node.inputs
+    if not inner.same_entries(a) or inner.expr != a.expr or not _spread_of(b, a.shape, node.axes):
+        return None
+    count = int(np.prod([a.shape[x] for x in node.axes]))
+    factor = max(1.0, abs(1 - straight[0] * count) * (1 + 1e-12) + 1e-12)
+    return whole(Fixed(dataclasses.replace(label, operation="centre"), a.shape, (a,), factor, linear=True))
+
+
+def padded(signal: Signal, axes: Sequence[int], taps: Sequence[int], p: dict[str, Any]) -> tuple[Signal, str] | None:
+    """What a signal was before Flax padded it around the border for this convolution, and how.
+
+    Flax's "CIRCULAR" and "REFLECT" pad by (k - 1) d in all, half of it (rounded down) in front.
+    """
+    if signal.index is None or any(pad != (0, 0) for pad in p["padding"]):
+        return None
+    source = whole(signal.node)
+    before = [(0, 0)] * len(signal.shape)
+    shape = list(signal.shape)
+    for axis, k, d in zip(axes, taps, p["rhs_dilation"], strict=True):
+        total = (k - 1) * d
+        before[axis] = (total // 2, total - total // 2)
+        shape[axis] -= total
+    if any(n < 1 for n in shape) or int(np.prod(shape)) != int(np.prod(signal.node.shape)):
+        return None
+    places = np.arange(int(np.prod(shape))).reshape(shape)
+    ways: tuple[tuple[str, Literal["wrap", "reflect", "edge"]], ...]
+    ways = (("CIRCULAR", "wrap"), ("REFLECT", "reflect"), ("EDGE", "edge"))
+    for name, mode in ways:
+        if np.array_equal(np.pad(places, before, mode=mode), signal.index):
+            return dataclasses.replace(source, shape=tuple(shape), expr=signal.expr, label=signal.label), name
+    return None

@@ -1,0 +1,206 @@
+"""Rules of arithmetic and of functions of one number."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from fantastic4.expression import Expr, affine, const
+from fantastic4.lipschitz import patterns
+from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.moves import moved
+from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Sum
+from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, uniform
+
+_LARGEST = 400  # operations in one scalar function
+
+
+def _size(expr: Expr) -> int:
+    return 1 + sum(map(_size, expr.args))
+
+
+def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
+    """A signal under another scalar function."""
+    if _size(expr) > _LARGEST:  # what is nested deeper is bounded in parts
+        base = whole(Fixed(signal.label, signal.shape, (signal,)))
+        return dataclasses.replace(base, label=label)
+    return dataclasses.replace(signal, expr=expr, label=label)
+
+
+@rule("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
+def _unary(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    (signal,) = operands
+    return scalar(signal, Expr(eqn.primitive.name, (signal.expr,)), walk.label(eqn))
+
+
+@rule("square", "integer_pow", "rsqrt", "exp2")
+def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    e, label = signal.expr, walk.label(eqn)
+    if eqn.primitive.name == "exp2":
+        return scalar(signal, Expr("exp", (Expr("mul", (const(math.log(2)), e)),)), label)
+    if eqn.primitive.name == "rsqrt":
+        return scalar(signal, Expr("div", (const(1.0), Expr("sqrt", (e,)))), label)
+    y = 2 if eqn.primitive.name == "square" else eqn.params["y"]
+    if y == 0:
+        return np.ones(signal.shape, np.float32)
+    power = Expr("power", (e,), float(abs(y)))
+    return scalar(signal, power if y > 0 else Expr("div", (const(1.0), power)), label)
+
+
+@rule("is_finite")
+def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    return np.ones(operands[0].shape, bool)  # of real numbers
+
+
+def aligned(operands: list[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Signals spread to the shape of the result."""
+
+    def spread(value: Any) -> Any:
+        if not isinstance(value, Signal) or value.shape == shape:
+            return value
+        if math.prod(value.shape) == math.prod(shape):
+            index = None if value.index is None else value.index.reshape(shape)
+            return dataclasses.replace(value, shape=shape, index=index)
+        return moved(value, np.broadcast_to(value.places, shape))
+
+    a, b = operands
+    return spread(a), spread(b)
+
+
+def _plain_linear(signal: Signal) -> tuple[Linear, float] | None:
+    """The linear node that a signal is all of, and by what number it is multiplied, whatever is added."""
+    straight = affine(signal.expr)
+    node = signal.node
+    if not isinstance(node, Linear) or signal.index is not None or signal.shape != node.shape or straight is None:
+        return None
+    return node, straight[0]
+
+
+def _shifted(signal: Signal, label: Label) -> Signal:
+    """A signal plus constants that differ from entry to entry."""
+    found = _plain_linear(signal)
+    if found is not None and found[1] == 1:
+        return whole(found[0].shifted(label))
+    return whole(Fixed(dataclasses.replace(label, operation="shift"), signal.shape, (signal,), linear=True))
+
+
+def _times(signal: Signal, by: Any, label: Label) -> Signal:
+    """A signal times constants that differ from entry to entry, or are not known."""
+    by = jnp.asarray(by)
+    found = _plain_linear(signal)
+    if found is not None and by.ndim == len(signal.shape):
+        scaled = found[0].scaled(by * found[1], label)
+        if scaled is not None:
+            return whole(scaled)
+    factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, jnp.max(jnp.abs(by), initial=0))
+    return whole(Fixed(dataclasses.replace(label, operation="scale"), signal.shape, (signal,), factor, linear=True))
+
+
+@rule("add", "add_any", "sub")
+def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    op = "sub" if eqn.primitive.name == "sub" else "add"
+    a, b = aligned(operands, out_shape(eqn))
+    label = walk.label(eqn)
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        if a.same_entries(b):
+            return scalar(a, Expr(op, (a.expr, b.expr)), label)
+        if op == "sub":
+            found = patterns.log_softmax(a, b, label) or patterns.centred(a, b, label)
+        else:
+            found = patterns.logsumexp(a, b, label)
+        return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1))
+    signal, other = (a, b) if isinstance(a, Signal) else (b, a)
+    number = uniform(other)
+    if number is not None and math.isfinite(number):
+        left, right = (signal.expr, const(number)) if isinstance(a, Signal) else (const(number), signal.expr)
+        return scalar(signal, Expr(op, (left, right)), label)
+    return _shifted(signal, label)
+
+
+@rule("mul")
+def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    a, b = aligned(operands, out_shape(eqn))
+    label = walk.label(eqn)
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        if a.same_entries(b):
+            return scalar(a, Expr("mul", (a.expr, b.expr)), label)
+        found = patterns.softmax_product(a, b, label)
+        return found or walk.refuse(
+            eqn,
+            "multiplies two signals that both depend on the input: no Lipschitz constant on the whole space. Attention "
+            "and gates have none: bound both factors, or register a rule",
+        )
+    signal, other = (a, b) if isinstance(a, Signal) else (b, a)
+    number = uniform(other)
+    if number is not None and math.isfinite(number):
+        return scalar(signal, Expr("mul", (const(number), signal.expr)), label)
+    return _times(signal, other, label)
+
+
+@rule("div")
+def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    a, b = aligned(operands, out_shape(eqn))
+    label = walk.label(eqn)
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        if a.same_entries(b):
+            return scalar(a, Expr("div", (a.expr, b.expr)), label)
+        found = patterns.softmax(a, b, label)
+        return found or walk.refuse(
+            eqn,
+            "divides by what depends on the input: no Lipschitz constant that is known. Normalisation needs a constant "
+            "under its root: register a rule for it",
+        )
+    if isinstance(b, Signal):
+        number = uniform(a)
+        if number is None:
+            return walk.refuse(eqn, "divides by what depends on the input: register a rule")
+        return scalar(b, Expr("div", (const(number), b.expr)), label)
+    number = uniform(b)
+    if number:
+        return scalar(a, Expr("div", (a.expr, const(number))), label)
+    if number == 0:
+        return walk.refuse(eqn, "divides by zero")
+    return _times(a, 1 / jnp.asarray(b), label)
+
+
+@rule("max", "min")
+def _extreme(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    op = eqn.primitive.name
+    a, b = aligned(operands, out_shape(eqn))
+    label = walk.label(eqn)
+    if isinstance(a, Signal) and isinstance(b, Signal):
+        if a.same_entries(b):
+            return scalar(a, Expr(op, (a.expr, b.expr)), label)
+        # |max - max'|² + |min - min'|² ≤ |a - a'|² + |b - b'|²: both are halves of one node.
+        key = frozenset((id(s.node), s.expr, None if s.index is None else s.index.tobytes()) for s in (a, b))
+        if key not in walk.joined:
+            pair = Joint(dataclasses.replace(label, operation="max and min"), (2, *a.shape), (a, b), linear=False)
+            walk.joined[key] = whole(pair)
+        pair_signal = walk.joined[key]
+        return dataclasses.replace(moved(pair_signal, pair_signal.places[0 if op == "max" else 1]), label=label)
+    signal, other = (a, b) if isinstance(a, Signal) else (b, a)
+    number = uniform(other)
+    if number is not None and math.isinf(number):
+        return signal if (number < 0) == (op == "max") else jnp.broadcast_to(other, signal.shape)
+    if number is not None and math.isfinite(number):
+        return scalar(signal, Expr(op, (signal.expr, const(number))), label)
+    return whole(Fixed(label, signal.shape, (signal,)))
+
+
+@rule("clamp")
+def _clamp(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    low, signal, high = operands
+    if not isinstance(signal, Signal) or not is_constant(low) or not is_constant(high):
+        return walk.refuse(eqn, "clamps between numbers that depend on the input")
+    ends = uniform(low), uniform(high)
+    label = walk.label(eqn)
+    if None in ends or not all(math.isfinite(e) for e in ends if e is not None):
+        return whole(Fixed(label, signal.shape, (signal,)))
+    expr = Expr("max", (signal.expr, const(ends[0] or 0.0)))
+    return scalar(signal, Expr("min", (expr, const(ends[1] or 0.0))), label)

@@ -1,0 +1,206 @@
+"""The walk over a traced function: every operation by its rule, constants computed as JAX computes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from fantastic4.expression import X
+from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
+from fantastic4.lipschitz.nodes import Input
+
+_PATHS = sysconfig.get_paths()
+_LIBRARIES = (_PATHS["purelib"], _PATHS["stdlib"], os.path.dirname(os.path.dirname(__file__)))
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+"""By the primitive's name: a function of the walk, the equation and its operands, which returns its results."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Put a function into the table, for primitives by their names."""
+
+    def put(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return put
+
+
+USER_RULES: dict[str, Rule] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A result for which there is no rule. It is an error only for what depends on it."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A truth value for every entry: whether one scalar function of it is below another, and what is made of those.
+
+    Attributes:
+      kind: ``"less"`` of two expressions of one signal's entries, ``"not"``, ``"and"`` or ``"or"`` of comparisons.
+      parts: these.
+      of: the signal, with the identity as its scalar function.
+    """
+
+    kind: str
+    parts: tuple[Any, ...]
+    of: Signal
+
+
+def is_constant(value: Any) -> bool:
+    """Whether it does not depend on the input."""
+    return not isinstance(value, Signal | Comparison | Refused)
+
+
+def is_known(value: Any) -> bool:
+    """Whether it is a constant whose numbers are known while tracing."""
+    return is_constant(value) and not isinstance(value, jax.core.Tracer)
+
+
+def uniform(value: Any) -> float | None:
+    """The number that all entries of a known constant are; None for all others."""
+    if not is_known(value):
+        return None
+    entries = np.asarray(value).ravel()
+    if entries.size == 0 or not np.all(entries == entries[0]):
+        return None
+    return float(entries[0])
+
+
+def shape_and_dtype(variable: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a variable of a jaxpr."""
+    return tuple(variable.aval.shape), variable.aval.dtype
+
+
+def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
+    """Shape of the result of an equation that has one."""
+    return shape_and_dtype(eqn.outvars[0])[0]
+
+
+def _source(eqn: core.JaxprEqn) -> str:
+    """The innermost line of the user's own code that led to an equation."""
+    traceback = getattr(eqn.source_info, "traceback", None)
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_LIBRARIES) and not frame.file_name.startswith("<"):
+            return f"{os.path.basename(frame.file_name)}:{frame.line_num} in {frame.function_name}"
+    return ""
+
+
+class Walk:
+    """One walk: reads equations in order, and knows where it is."""
+
+    def __init__(self) -> None:
+        self.prefix: list[str] = []
+        self.joined: dict[Any, Signal] = {}
+
+    def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
+        """The label of an equation."""
+        name = "/".join(part for part in (*self.prefix, str(eqn.source_info.name_stack)) if part)
+        return Label(operation or eqn.primitive.name, name, _source(eqn))
+
+    def jaxpr(self, jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr for operands that are constants or signals."""
+        env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            results = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def closed(self, closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+        """The same for a closed jaxpr."""
+        return self.jaxpr(closed.jaxpr, closed.consts, arguments)
+
+    def equation(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        """Results of one equation."""
+        if all(map(is_constant, operands)):
+            return evaluate(eqn, operands)
+        name = eqn.primitive.name
+        for operand in operands:
+            if isinstance(operand, Refused) and name not in ("jit", "scan", "while", "cond"):
+                return [operand] * len(eqn.outvars)
+        rule = USER_RULES.get(name) or RULES.get(name)
+        if rule is None:
+            return self.refuse(eqn, "has no rule: write one with fantastic4.lipschitz.register_rule")
+        try:
+            results = rule(self, eqn, operands)
+        except UnboundedError as error:
+            return [Refused(str(error))] * len(eqn.outvars)
+        return list(results) if isinstance(results, list | tuple) else [results]
+
+    def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
+        """Results that nothing may depend on."""
+        return [Refused(f"{self.label(eqn)} {why}")] * len(eqn.outvars)
+
+
+def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Results of an equation of constants, as JAX computes them."""
+    found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(found) if eqn.primitive.multiple_results else [found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced function.
+
+    Attributes:
+      outputs: its outputs that depend on the input, as signals.
+      shapes: of all its outputs.
+      dtype: of the constants: float64 if a floating input is, float32 else.
+    """
+
+    outputs: tuple[Signal, ...]
+    dtype: Any
+
+
+def trace(fn: Callable[..., Any], x: Any) -> Traced:
+    """Trace a function and walk through it.
+
+    Raises:
+      UnboundedError: an output depends on an operation without a known constant.
+      ValueError: the input is not made of real floating arrays.
+    """
+    leaves, tree = jax.tree.flatten(x)
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(f"x must be an array of a real floating dtype, or a tree of such, got {kind}")
+    if not leaves:
+        raise ValueError("x has no arrays")
+    abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    closed = jax.make_jaxpr(lambda *flat: fn(jax.tree.unflatten(tree, flat)))(*abstract)
+    # One node for all leaves: their distances count together.
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    node: Node = Input(Label("input"), (sum(sizes),), ())
+    arguments = []
+    for leaf, start in zip(leaves, np.cumsum([0, *sizes[:-1]]), strict=True):
+        places = None
+        if len(leaves) > 1:
+            places = np.arange(start, start + math.prod(leaf.shape)).reshape(leaf.shape)
+        arguments.append(Signal(node, leaf.shape, places, X, node.label))
+    outputs = Walk().closed(closed, arguments)
+    for output in outputs:
+        if isinstance(output, Refused):
+            raise UnboundedError(output.reason)
+        if isinstance(output, Comparison):
+            raise UnboundedError(f"{output.of.label} leads to a truth value, which jumps: no Lipschitz constant")
+    dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves], jnp.dtype("float32"))
+    return Traced(tuple(o for o in outputs if isinstance(o, Signal)), dtype)

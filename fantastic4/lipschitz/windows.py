@@ -1,0 +1,97 @@
+"""Rules of pooling, reductions and sorting."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from fantastic4.lipschitz.graph import whole
+from fantastic4.lipschitz.moves import moved
+from fantastic4.lipschitz.nodes import Fixed, Reduced
+from fantastic4.lipschitz.trace import Walk, out_shape, rule
+
+
+def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float]:
+    """Entries that a window holds, at most, and windows that hold one entry, at most."""
+    held = inside = 1
+    for axis, n in enumerate(shape):
+        size, stride = p["window_dimensions"][axis], p["window_strides"][axis]
+        spread, base = p["window_dilation"][axis], p["base_dilation"][axis]
+        low, high = p["padding"][axis]
+        length = (n - 1) * base + 1 if n else 0
+        count = (length + low + high - ((size - 1) * spread + 1)) // stride + 1
+        taken = np.arange(count)[:, None] * stride + np.arange(size) * spread - low
+        entry, odd = np.divmod(taken, base)
+        real = (odd == 0) & (taken >= 0) & (entry < n)
+        inside *= int(real.sum(axis=1).max(initial=0))
+        held *= int(np.bincount(entry[real].astype(int), minlength=1).max())
+    return float(inside), float(held)
+
+
+@rule("reduce_window_sum")
+def _window_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    inside, held = _windows(eqn.params, signal.shape)
+    # A matrix of zeros and ones: ‖A‖² ≤ its largest row sum times its largest column sum (Schur).
+    factor = math.sqrt(inside * held)
+    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), factor, linear=True))
+
+
+@rule("reduce_window_max", "reduce_window_min")
+def _window_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    _, held = _windows(eqn.params, signal.shape)
+    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), math.sqrt(held)))
+
+
+@rule("reduce_sum")
+def _reduce_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,), axes = operands, tuple(eqn.params["axes"])
+    count = math.prod(signal.shape[a] for a in axes)
+    shape = out_shape(eqn)
+    return whole(Reduced(walk.label(eqn), shape, (signal,), math.sqrt(count), linear=True, axes=axes))
+
+
+@rule("reduce_max", "reduce_min")
+def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,), axes = operands, tuple(eqn.params["axes"])
+    op, shape = eqn.primitive.name, out_shape(eqn)
+    count = math.prod(signal.shape[a] for a in axes)
+    if count < 2:
+        return dataclasses.replace(
+            signal, shape=shape, index=None if signal.index is None else signal.index.reshape(shape)
+        )
+    # Sorting stretches nothing, and the largest and the smallest are two entries of what is sorted.
+    key = (id(signal.node), signal.expr, None if signal.index is None else signal.index.tobytes(), signal.shape, axes)
+    if key not in walk.joined:
+        label = dataclasses.replace(walk.label(eqn), operation="largest and smallest")
+        walk.joined[key] = whole(Fixed(label, (2, *shape), (signal,)))
+    both = walk.joined[key]
+    return dataclasses.replace(moved(both, both.places[0 if op == "reduce_max" else 1]), label=walk.label(eqn))
+
+
+@rule("sort")
+def _sort(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    if len(operands) != 1:
+        return walk.refuse(eqn, "sorts one array by another, which jumps")
+    return whole(Fixed(walk.label(eqn), operands[0].shape, (operands[0],)))
+
+
+@rule("cummax", "cummin")
+def _cummax(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    return whole(Fixed(walk.label(eqn), signal.shape, (signal,), math.sqrt(signal.shape[eqn.params["axis"]])))
+
+
+@rule("cumsum")
+def _cumsum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    n = signal.shape[eqn.params["axis"]]
+    # The matrix of ones below the diagonal has the norm 1 / (2 sin(π / (4n + 2))).
+    factor = 1 / (2 * math.sin(math.pi / (4 * n + 2)))
+    return whole(Fixed(walk.label(eqn), signal.shape, (signal,), factor, linear=True))
