@@ -17,7 +17,7 @@ from fantastic4.expression import Expr, X, affine, const, kinks, selections
 from fantastic4.jets import Interval, jet
 from fantastic4.tails import BORDER, sup, tail
 
-__all__ = ["Expr", "X", "const", "most_bent", "steepest"]
+__all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
 
 _CELLS = 2048  # at first
 _ROUNDS = 60
@@ -134,3 +134,29 @@ def most_bent(expr: Expr) -> float:
       0.7698
     """
     return _largest(expr, 2, "curvature")
+
+
+def extremes(expr: Expr, order: int) -> tuple[float, float]:
+    """An interval that holds all values of f' (order 1) or f'' (order 2), to about 1e-6 of the largest of them.
+
+    Sup (f' + S) = sup |f' + S| where S = sup |f'|, and so on.
+
+    Args:
+      expr: the function.
+      order: 1 or 2.
+
+    Raises:
+      ValueError: no finite bound is known.
+
+    Example:
+      >>> from fantastic4.scalar import X, Expr, extremes
+      >>> print([round(end, 4) for end in extremes(Expr("logistic", (X,)), 1)])
+      [-0.0, 0.25]
+    """
+    largest = steepest if order == 1 else most_bent
+    size = largest(expr)
+    line = Expr("mul", (const(size), X)) if order == 1 else Expr("mul", (const(size / 2), Expr("power", (X,), 2.0)))
+    high = largest(Expr("add", (expr, line))) - size
+    low = size - largest(Expr("sub", (line, expr)))
+    slack = 4e-16 * size
+    return max(low - slack, -size), min(high + slack, size)

@@ -25,7 +25,7 @@ FLOORS = [
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds", "kernels"},
     {"network", "wrapping", "lipschitz"},
-    {"linen", "nnx", "transforms"},
+    {"linen", "nnx", "transforms", "robustness"},
     {"__init__"},
 ]
 
@@ -34,13 +34,13 @@ LIPSCHITZ_FLOORS = [
     {"numbers"},
     {"nodes"},
     {"trace", "patterns", "order"},
-    {"moves", "linear", "register"},
+    {"moves", "linear", "register", "hessian"},
     {"scalars", "calls", "windows"},
     {"choices"},
     {"__init__"},
 ]
 
-PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder", "network", "lipschitz"}
+PUBLIC_MODULES = {"dense", "heuristics", "jacobian", "ladder", "network", "lipschitz", "robustness"}
 HIDDEN = {name for floor in FLOORS for name in floor} - PUBLIC_MODULES
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fantastic4.bounds import METHODS
@@ -20,14 +22,26 @@ from fantastic4.entry import choice
 from fantastic4.interval import norm_interval
 from fantastic4.lipschitz import calls, choices, linear, moves, scalars, windows  # noqa: F401 (they fill the table)
 from fantastic4.lipschitz.graph import Label, UnboundedError, reachable
+from fantastic4.lipschitz.hessian import try_hessian as hessian
 from fantastic4.lipschitz.nodes import Linear
 from fantastic4.lipschitz.numbers import Numbers, slope
-from fantastic4.lipschitz.order import first_order
+from fantastic4.lipschitz.order import first_order, second_order
 from fantastic4.lipschitz.register import register_rule
 from fantastic4.lipschitz.trace import Traced, trace
 from fantastic4.rounding import round_up
 
-__all__ = ["Bound", "Method", "Row", "UnboundedError", "bound", "curvature", "margins", "register_rule"]
+__all__ = [
+    "Bound",
+    "Curvature",
+    "Method",
+    "Row",
+    "UnboundedError",
+    "bound",
+    "curvature",
+    "margin_curvatures",
+    "margins",
+    "register_rule",
+]
 
 Method = str | Mapping[str, str]
 
@@ -196,5 +210,106 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
     return jnp.where(apart, jnp.minimum(plain, exact), 0)
 
 
-def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
-    raise NotImplementedError
+class Curvature(NamedTuple):
+    """Where the eigenvalues of a Hessian lie: between ``-lower`` and ``upper``.
+
+    Attributes:
+      lower: m, not negative.
+      upper: M, not negative.
+    """
+
+    lower: Array
+    upper: Array
+
+    @property
+    def value(self) -> Array:
+        """A bound of the Hessian's norm, the Lipschitz constant of the gradient."""
+        return jnp.maximum(self.lower, self.upper)
+
+
+def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Curvature:
+    r"""Sound bounds of the eigenvalues of the Hessian of a function, for all inputs: -m ≤ ∇²f ≤ M.
+
+    Two ways, the smaller of both: composition, C(f ∘ g) ≤ C(f) L(g)² + L(f) C(g), on the walk of `bound`; and the exact
+    form of the Hessian of a graph of linear maps and elementwise functions with intervals for what multiplies each
+    (`fantastic4.lipschitz.hessian`), never above the recursion of Singla & Feizi (2020).
+
+    Args:
+      fn: any JAX function of the input with one number as its output, as ``lambda x: z(x)[0, y] - z(x)[0, t]``. Of more
+        outputs, the Lipschitz constant of the Jacobian in the operator norm is bounded, by composition alone.
+      x: as for `bound`; a batch of one is tightest.
+      method: as for `bound`.
+
+    Returns:
+      `Curvature`; differentiable by the params, under ``jit`` too.
+
+    Raises:
+      UnboundedError: what `bound` refuses, and functions without a bounded second derivative: ReLU, max pooling.
+      ValueError: what `bound` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import lipschitz
+      >>> found = lipschitz.curvature(lambda x: 2 * jnp.sum(jax.nn.softplus(3 * x)), jnp.ones(2))
+      >>> print(round(float(found.lower), 3), round(float(found.upper), 3))  # ¼ · 2 · 9, and softplus is convex
+      0.0 4.5
+    """
+    traced = trace(fn, x)
+    how = _numbers(traced, method)
+    nodes = reachable(traced.outputs)
+    first_order(nodes, traced.outputs, how)
+    seconds = second_order(nodes, traced.outputs, how)
+    zero = jnp.zeros((), traced.dtype)
+    composed = how.root_sum_squares(seconds) if seconds else zero
+    found = None
+    if len(traced.outputs) == 1 and math.prod(traced.outputs[0].shape) == 1:
+        (output,) = traced.outputs
+        found = hessian(nodes, output, jnp.ones(output.shape, traced.dtype), how)
+    return Curvature(composed, composed) if found is None else Curvature(*(jnp.minimum(f, composed) for f in found))
+
+
+def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
+    """The lower bounds m_ij of the Hessians of all margins ``z_i - z_j`` of a classifier: ``∇²(z_i - z_j) ≥ -m_ij``.
+
+    Their upper bounds are the transposed: M_ij = m_ji.
+
+    Args:
+      fn: as for `bound`, with logits ``(1, classes)`` or ``(classes,)``.
+      x: one example, as a batch of one or alone.
+      method: as for `bound`.
+
+    Returns:
+      ``(classes, classes)``, 0 on the diagonal; differentiable.
+
+    Raises:
+      ValueError: what `curvature` raises, or a function whose output is not one example's logits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import lipschitz
+      >>> logits = lambda x: jax.nn.softplus(x) @ jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> print(lipschitz.margin_curvatures(logits, jnp.ones((1, 2))).round(3))
+      [[0.   0.5 ]
+       [0.25 0.  ]]
+    """
+    traced = trace(fn, x)
+    if len(traced.outputs) != 1 or math.prod(traced.outputs[0].shape) != traced.outputs[0].shape[-1]:
+        raise ValueError("margins are of one example: let fn return logits (1, classes), and give it a batch of one")
+    (logits,) = traced.outputs
+    classes = logits.shape[-1]
+    how = _numbers(traced, method)
+    nodes = reachable(traced.outputs)
+    first_order(nodes, traced.outputs, how)
+    (second,) = second_order(nodes, traced.outputs, how)
+    composed = how.times(2**0.5 * (1 + 1e-15), second)
+    first, last = np.triu_indices(classes, 1)
+    seeds = (jnp.eye(classes)[first] - jnp.eye(classes)[last]).astype(traced.dtype)
+
+    def one(seed: Array) -> tuple[Array, Array]:
+        found = hessian(nodes, logits, seed.reshape(logits.shape), how)
+        return (composed, composed) if found is None else found
+
+    below, above = lax.map(one, seeds)
+    matrix = jnp.zeros((classes, classes), traced.dtype)
+    matrix = matrix.at[first, last].set(jnp.minimum(below, composed))
+    return matrix.at[last, first].set(jnp.minimum(above, composed))

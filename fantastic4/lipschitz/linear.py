@@ -55,7 +55,7 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     before = signal.node
     if (
         isinstance(before, Linear)
-        and signal.plain
+        and signal.is_shifted
         and signal.shape == before.shape
         and tuple(contract[1 - own]) == last == before.features
         and not batched
@@ -88,15 +88,16 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         padding="VALID",
         transposed=dilated,
     )
-    source = signal
+    source, around = signal, None
     if not dilated and signal.index is not None:
         found = patterns.padded(signal, numbers.lhs_spec[2:], arranged.shape[:-2], p)
         if found is not None:
-            source, padding = found
+            source, padding, around = found
             spec = dataclasses.replace(spec, padding=padding)
 
     def apply(kernel: Any, x: Any) -> Any:
         back = jnp.transpose(kernel, [int(a) for a in np.argsort((*spatial, inputs, output))])
+        x = x if around is None else around(x)
         return lax.conv_general_dilated(
             x, back, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], numbers,
             p["feature_group_count"], precision=lax.Precision.HIGHEST,
@@ -106,5 +107,5 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     label = walk.label(eqn, "conv")
     return whole(
         Linear(label, shape, (source,), kernel=arranged, spec=spec, features=(numbers.out_spec[1],),
-               apply=apply if source is signal else None)
+               apply=apply)
     )  # fmt: skip

@@ -98,11 +98,15 @@ def concatenate(operands: Sequence[Any], axis: int, label: Label) -> Signal:
     signals = [o for o in operands if isinstance(o, Signal)]
     first = signals[0]
     if all(s.node is first.node and s.expr == first.expr for s in signals):
-        places = [o.places if isinstance(o, Signal) else np.full(np.shape(o), -1, np.int64) for o in operands]
-        return moved(first, np.concatenate(places, axis))
+        read = [o.places if isinstance(o, Signal) else np.full(np.shape(o), -1, np.int64) for o in operands]
+        return moved(first, np.concatenate(read, axis))
     shape = list(first.shape)
     shape[axis] = sum(o.shape[axis] if isinstance(o, Signal) else np.shape(o)[axis] for o in operands)
-    return whole(Joint(label, tuple(shape), tuple(signals)))
+    places = np.arange(math.prod(shape)).reshape(shape)
+    cuts = np.cumsum([np.shape(o)[axis] if not isinstance(o, Signal) else o.shape[axis] for o in operands])[:-1]
+    pieces = zip(operands, np.split(places, cuts, axis), strict=True)
+    where = tuple(part for operand, part in pieces if isinstance(operand, Signal))
+    return whole(Joint(label, tuple(shape), tuple(signals), where=where))
 
 
 @rule("concatenate")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fantastic4 import dense
@@ -40,10 +40,12 @@ class Fixed(Node):
     Attributes:
       factor: the constant.
       linear: whether it is linear, up to a constant.
+      apply: the linear map, where its coefficients are all 0 or positive.
     """
 
     factor: float | Array = 1.0
     linear: bool = False
+    apply: Callable[[Array], Array] | None = None
 
     def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
         """Factor times the constant of its inputs, taken together."""
@@ -55,6 +57,17 @@ class Fixed(Node):
         if not self.linear:
             return super().curvature(given, how)
         return how.times(self.factor, how.root_sum_squares([second for _, second in given]))
+
+
+@dataclasses.dataclass(eq=False)
+class Scaled(Fixed):
+    """Entries times constants.
+
+    Attributes:
+      by: the constants, of a shape that broadcasts to the node's.
+    """
+
+    by: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,9 +111,11 @@ class Joint(Node):
 
     Attributes:
       linear: whether it is linear, up to a constant.
+      where: for each signal, the places in this node (in row-major order) that its entries fill, where that is known.
     """
 
     linear: bool = True
+    where: tuple[np.ndarray, ...] = ()
 
     def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
         """Root of the sum of squares, with signals of one node taken together."""
@@ -151,7 +166,7 @@ class Linear(Node):
     spec: ConvSpec | None = None
     features: tuple[int, ...] = ()
     lost: Array | float = 0.0
-    apply: Any = None
+    apply: Callable[[Array, Array], Array] | None = None
 
     def norm(self, how: Numbers) -> Array:
         """An upper bound of its norm."""

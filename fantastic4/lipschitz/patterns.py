@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fantastic4.expression import Expr, X, affine
 from fantastic4.lipschitz.graph import Label, Signal, whole
@@ -118,7 +121,9 @@ def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
     return whole(Fixed(dataclasses.replace(label, operation="centre"), a.shape, (a,), factor, linear=True))
 
 
-def padded(signal: Signal, axes: Sequence[int], taps: Sequence[int], p: dict[str, Any]) -> tuple[Signal, str] | None:
+def padded(
+    signal: Signal, axes: Sequence[int], taps: Sequence[int], p: dict[str, Any]
+) -> tuple[Signal, str, Callable[[Array], Array]] | None:
     """What a signal was before Flax padded it around the border for this convolution, and how.
 
     Flax's "CIRCULAR" and "REFLECT" pad by (k - 1) d in all, half of it (rounded down) in front.
@@ -139,5 +144,6 @@ def padded(signal: Signal, axes: Sequence[int], taps: Sequence[int], p: dict[str
     ways = (("CIRCULAR", "wrap"), ("REFLECT", "reflect"), ("EDGE", "edge"))
     for name, mode in ways:
         if np.array_equal(np.pad(places, before, mode=mode), signal.index):
-            return dataclasses.replace(source, shape=tuple(shape), expr=signal.expr, label=signal.label), name
+            before_it = dataclasses.replace(source, shape=tuple(shape), expr=signal.expr, label=signal.label)
+            return before_it, name, functools.partial(jnp.pad, pad_width=before, mode=mode)
     return None

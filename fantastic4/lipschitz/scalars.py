@@ -14,7 +14,7 @@ from fantastic4.expression import Expr, affine, const
 from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import moved
-from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Sum
+from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
 from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, uniform
 
 _LARGEST = 400  # operations in one scalar function
@@ -87,7 +87,8 @@ def _shifted(signal: Signal, label: Label) -> Signal:
     found = _plain_linear(signal)
     if found is not None and found[1] == 1:
         return whole(found[0].shifted(label))
-    return whole(Fixed(dataclasses.replace(label, operation="shift"), signal.shape, (signal,), linear=True))
+    name = dataclasses.replace(label, operation="shift")
+    return whole(Fixed(name, signal.shape, (signal,), linear=True, apply=lambda x: x))
 
 
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
@@ -99,7 +100,8 @@ def _times(signal: Signal, by: Any, label: Label) -> Signal:
         if scaled is not None:
             return whole(scaled)
     factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, jnp.max(jnp.abs(by), initial=0))
-    return whole(Fixed(dataclasses.replace(label, operation="scale"), signal.shape, (signal,), factor, linear=True))
+    name = dataclasses.replace(label, operation="scale")
+    return whole(Scaled(name, signal.shape, (signal,), factor, linear=True, by=by))
 
 
 @rule("add", "add_any", "sub")

@@ -107,6 +107,7 @@ class Walk:
     def __init__(self) -> None:
         self.prefix: list[str] = []
         self.joined: dict[Any, Signal] = {}
+        self._done: dict[Any, tuple[Any, list[Any]]] = {}
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -130,7 +131,17 @@ class Walk:
         return self.jaxpr(closed.jaxpr, closed.consts, arguments)
 
     def equation(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
-        """Results of one equation."""
+        """Results of one equation; those of the same operands are the same.
+
+        So ``net(x)[0] - net(x)[1]`` has one network, not two.
+        """
+        key = (eqn.primitive, tuple(map(_identity, operands)), tuple((k, _identity(v)) for k, v in eqn.params.items()))
+        if key not in self._done:
+            # An identity is of objects that live: they are kept.
+            self._done[key] = (operands, eqn.params), self._results(eqn, operands)
+        return self._done[key][1]
+
+    def _results(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         if all(map(is_constant, operands)):
             return evaluate(eqn, operands)
         name = eqn.primitive.name
@@ -149,6 +160,15 @@ class Walk:
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""
         return [Refused(f"{self.label(eqn)} {why}")] * len(eqn.outvars)
+
+
+def _identity(value: Any) -> Any:
+    """What tells a value from others: numbers and names by themselves, all others as objects."""
+    if value is None or isinstance(value, bool | int | float | str | np.generic):
+        return type(value), value if value == value else "nan", str(value)
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
+    return id(value)
 
 
 def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:

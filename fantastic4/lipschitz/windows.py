@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from fantastic4.lipschitz.graph import whole
 from fantastic4.lipschitz.moves import moved
 from fantastic4.lipschitz.nodes import Fixed, Reduced
-from fantastic4.lipschitz.trace import Walk, out_shape, rule
+from fantastic4.lipschitz.trace import Walk, evaluate, out_shape, rule
 
 
 def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float]:
@@ -39,7 +40,8 @@ def _window_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     inside, held = _windows(eqn.params, signal.shape)
     # A matrix of zeros and ones: ‖A‖² ≤ its largest row sum times its largest column sum (Schur).
     factor = math.sqrt(inside * held)
-    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), factor, linear=True))
+    add = lambda x: evaluate(eqn, [x])[0]  # noqa: E731
+    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), factor, linear=True, apply=add))
 
 
 @rule("reduce_window_max", "reduce_window_min")
@@ -54,7 +56,8 @@ def _reduce_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,), axes = operands, tuple(eqn.params["axes"])
     count = math.prod(signal.shape[a] for a in axes)
     shape = out_shape(eqn)
-    return whole(Reduced(walk.label(eqn), shape, (signal,), math.sqrt(count), linear=True, axes=axes))
+    add = lambda x: jnp.sum(x, axis=axes)  # noqa: E731
+    return whole(Reduced(walk.label(eqn), shape, (signal,), math.sqrt(count), linear=True, apply=add, axes=axes))
 
 
 @rule("reduce_max", "reduce_min")

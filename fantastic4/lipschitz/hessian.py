@@ -1,0 +1,195 @@
+r"""How bent a traced function is: eigenvalues of the Hessian of a number that it computes, from both sides.
+
+With elementwise functions s_I at nodes I of a graph that is linear otherwise, the Hessian of f is exactly
+
+    ∇²f = Σ_I J_Iᵀ diag(s_I''(z_I) ⊙ ∂f/∂a_I) J_I,      a_I = s_I(z_I), J_I the Jacobian of z_I.
+
+An interval of ∂f/∂a_I comes from a backward pass in interval arithmetic: s' and s'' lie between their extremes on the
+whole line. So ∇²f lies between -m and M with
+
+    m = Σ_I ‖diag(√c_I) J_I‖²,      c_I the largest that -s_I'' ∂f/∂a_I can be, or 0,
+
+and M likewise. Where z_I is a matrix times the input the norm is computed as it stands, elsewhere ‖J_I‖² max c_I with
+the Lipschitz bound of z_I. For a sequential network this is never above the S/r recursion of Singla & Feizi (2020),
+which takes |W| for the intervals and both signs together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fantastic4 import dense
+from fantastic4.expression import Expr, affine
+from fantastic4.lipschitz.graph import Node, Signal, UnboundedError, multiplicity
+from fantastic4.lipschitz.nodes import Fixed, Input, Joint, Linear, Scaled, Sum
+from fantastic4.lipschitz.numbers import Numbers
+from fantastic4.rounding import gamma, round_up, unit_roundoff
+from fantastic4.scalar import extremes
+
+
+class Span(NamedTuple):
+    """Arrays between which another one lies.
+
+    Attributes:
+      low: below.
+      high: above.
+    """
+
+    low: Array
+    high: Array
+
+
+def _widen(low: Array, high: Array, relative: float) -> Span:
+    """An interval with rounding errors that are relative to its larger end."""
+    size = jnp.maximum(jnp.abs(low), jnp.abs(high)) * relative
+    return Span(low - size, high + size)
+
+
+def _times(span: Span, low: float, high: float) -> Span:
+    """An interval times a number between two."""
+    products = [span.low * low, span.low * high, span.high * low, span.high * high]
+    smallest = functools.reduce(jnp.minimum, products)
+    largest = functools.reduce(jnp.maximum, products)
+    return _widen(smallest, largest, 4 * unit_roundoff(smallest.dtype))
+
+
+class _Unknown(Exception):
+    """This graph holds a node that no derivative is taken through here."""
+
+
+def _back(node: Node, span: Span) -> list[Span]:
+    """Intervals of the derivatives by a node's inputs, from those by the node."""
+    dtype = span.low.dtype
+    if isinstance(node, Linear) and node.apply is not None:
+        (signal,) = node.inputs
+        kernel = node.kernel.astype(dtype)
+        like = jax.ShapeDtypeStruct(signal.shape, dtype)
+        shape, apply = node.shape, node.apply
+
+        def transposed(part: Array, by: Array) -> Array:
+            return jax.linear_transpose(lambda x: apply(part, x), like)(by.reshape(shape))[0]
+
+        positive, negative = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
+        low = transposed(positive, span.low) + transposed(negative, span.high)
+        high = transposed(positive, span.high) + transposed(negative, span.low)
+        terms = 2 * kernel.size // max(1, min(kernel.shape[-2], kernel.size)) + 4
+        size = transposed(jnp.abs(kernel), jnp.maximum(jnp.abs(span.low), jnp.abs(span.high)))
+        error = size * (1.01 * gamma(terms, dtype))
+        return [Span(low - error, high + error)]
+    if isinstance(node, Sum):
+        other = span if node.sign > 0 else Span(-span.high, -span.low)
+        return [span, other]
+    if isinstance(node, Joint) and node.linear and node.where:
+        flat = [end.ravel() for end in span]
+        return [
+            Span(*(end[places].reshape(signal.shape) for end in flat))
+            for signal, places in zip(node.inputs, node.where, strict=True)
+        ]
+    if isinstance(node, Scaled):
+        by = jnp.broadcast_to(node.by, node.shape).astype(dtype)
+        ends = span.low * by, span.high * by
+        return [_widen(jnp.minimum(*ends), jnp.maximum(*ends), 2 * unit_roundoff(dtype))]
+    if isinstance(node, Fixed) and node.linear and node.apply is not None:
+        (signal,) = node.inputs
+        like = jax.ShapeDtypeStruct(signal.shape, dtype)
+        transpose = jax.linear_transpose(node.apply, like)
+        low, high = (transpose(end.reshape(node.shape))[0] for end in span)
+        # Its coefficients are all positive or 0; as many are added as it has outputs, at most.
+        return [_widen(low, high, 1.01 * gamma(64 + max(1, low.size // max(1, span.low.size)), dtype))]
+    raise _Unknown
+
+
+def _quadratic(signal: Signal, weights: Array, how: Numbers) -> Array:
+    """‖diag(√weights) J‖² for the Jacobian J of a signal's entries, from above."""
+    node = signal.node
+    if isinstance(node, Linear) and node.spec is None and len(node.kernel) == 1 and signal.index is None:
+        (source,) = node.inputs
+        rows = int(np.prod([node.shape[a] for a in node.features]))
+        one_example = rows == int(np.prod(node.shape))
+        if one_example and isinstance(source.node, Input) and source.is_shifted:
+            # The order of the features is that of the shape where nothing else has entries.
+            root = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0).ravel()
+            matrix = node.kernel[0].astype(how.dtype) * root
+            size = dense.frobenius_bound(jax.lax.stop_gradient(matrix))
+            norm = round_up(dense.bound(matrix) + 8 * unit_roundoff(how.dtype) * size, 4)
+            if not isinstance(node.lost, float):
+                norm = round_up(norm + jnp.max(root) * node.lost, 4)
+            return round_up(norm * norm, 2)
+    largest = jnp.max(weights, initial=0)
+    return how.times(largest, float(multiplicity(signal.index)), how.of(node), how.of(node))
+
+
+def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> tuple[Array, Array]:
+    """Numbers m and M with -m ≤ eigenvalues of the Hessian of ⟨seed, output⟩ ≤ M, after `first_order`.
+
+    Raises:
+      _Unknown: a node that this is not known for.
+    """
+    dtype = how.dtype
+    spans: dict[int, Span] = {}
+    below = above = jnp.zeros((), dtype)
+
+    def arrive(signal: Signal, span: Span) -> None:
+        nonlocal below, above
+        if affine(signal.expr) is None:
+            (low, high), (bent_low, bent_high) = _extremes(signal)
+            bent = _times(span, bent_low, bent_high)
+            below = round_up(below + _quadratic(signal, jnp.maximum(-bent.low, 0), how), 2)
+            above = round_up(above + _quadratic(signal, jnp.maximum(bent.high, 0), how), 2)
+            span = _times(span, low, high)
+        else:
+            straight = affine(signal.expr)
+            assert straight is not None
+            span = span if straight[0] == 1 else _times(span, straight[0], straight[0])
+        node = signal.node
+        size = int(np.prod(node.shape))
+        if signal.index is None:
+            added = Span(span.low.reshape(node.shape), span.high.reshape(node.shape))
+        else:
+            places = signal.index.ravel()
+            keep = places >= 0
+            ends = [jnp.zeros(size, dtype).at[places[keep]].add(end.ravel()[keep]) for end in span]
+            low_end, high_end = (end.reshape(node.shape) for end in ends)
+            added = _widen(low_end, high_end, 4 * multiplicity(signal.index) * unit_roundoff(dtype))
+        if id(node) in spans:
+            old = spans[id(node)]
+            added = _widen(old.low + added.low, old.high + added.high, 4 * unit_roundoff(dtype))
+        spans[id(node)] = added
+
+    arrive(output, Span(seed, seed))
+    for node in reversed(nodes):
+        if isinstance(node, Input) or id(node) not in spans:
+            continue
+        for signal, span in zip(node.inputs, _back(node, spans.pop(id(node))), strict=True):
+            arrive(signal, span)
+    return below, above
+
+
+@functools.lru_cache(maxsize=512)
+def _both(expr: Expr) -> tuple[tuple[float, float], tuple[float, float]]:
+    return extremes(expr, 1), extremes(expr, 2)
+
+
+def _extremes(signal: Signal) -> tuple[tuple[float, float], tuple[float, float]]:
+    try:
+        return _both(signal.expr)
+    except ValueError as error:
+        raise UnboundedError(
+            f"{signal.label} makes a function of one number without a finite curvature: {error}. "
+            "Use a smooth activation: softplus, tanh, sigmoid, gelu, silu"
+        ) from None
+
+
+def try_hessian(nodes: Sequence[Node], output: Signal, seed: Any, how: Numbers) -> tuple[Array, Array] | None:
+    """`hessian`, or None for a graph that it does not know."""
+    try:
+        return hessian(nodes, output, seed, how)
+    except _Unknown:
+        return None

@@ -1,0 +1,377 @@
+r"""Certified ℓ2 radii of a classifier's predictions, and an attack to hold them against.
+
+A prediction y at x₀ is certified with radius r when no x with ‖x - x₀‖₂ < r has another class whose logit is as large:
+every margin f = z_y - z_t stays positive, against **every** other class t, and a tie is never certified.
+
+* From Lipschitz bounds L_yt of the margins (`fantastic4.lipschitz.margins`): r = min_t f_t(x₀) / L_yt.
+* From curvature (`fantastic4.lipschitz.margin_curvatures`): with ∇²f ≥ -m and 0 ≤ η < 1/m, the function
+  φ(x) = ½‖x - x₀‖² + η f(x) is (1 - ηm)-strongly convex, so wherever f ≤ 0 and for any x̂
+
+      ½ ‖x - x₀‖² ≥ φ(x) ≥ d(η, x̂) = φ(x̂) - ‖∇φ(x̂)‖² / (2 (1 - ηm)),
+
+  and r = √(2 d). Any η and x̂ will do: the search for good ones need not converge for the radius to be sound
+  (a one-shot form of the dual of Singla & Feizi 2020).
+
+Sound for the function in real arithmetic; its values and gradients are computed in floats, and what they may be off by,
+64 roundings of the largest terms, is taken from each radius.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fantastic4.entry import count
+
+Logits = Callable[[Array], Array]
+
+_BATCH = 1000  # examples whose gradients are computed together
+_CHUNK = 512  # pairs of an example and a class that are searched together
+
+
+def _logits(fn: Logits, x: Array) -> Array:
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError("x must be a batch of examples, an array of a real floating dtype")
+    shape = jax.eval_shape(fn, x).shape
+    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] < 2:
+        raise ValueError(
+            f"fn must return logits (batch, classes) with at least 2 classes for x of shape {x.shape}, got {shape}"
+        )
+    return fn(x)
+
+
+def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
+    matrix = jnp.asarray(matrix)
+    if matrix.shape not in ((), (classes, classes)):
+        raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
+    return jnp.broadcast_to(matrix, (classes, classes))
+
+
+def _slack(dtype: Any) -> float:
+    return 64 * float(jnp.finfo(dtype).eps)
+
+
+def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
+    """Certified radii of the predicted classes from Lipschitz bounds of the margins.
+
+    Args:
+      fn: logits ``(batch, classes)`` of a batch.
+      x: the batch.
+      margins: ``(classes, classes)`` from `fantastic4.lipschitz.margins`; a scalar is for all of them (√2 times the
+        bound of the whole network).
+
+    Returns:
+      ``(batch,)``, 0 where nothing is certified: a tie, or a NaN.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import lipschitz, robustness
+      >>> net = lambda x: x @ jnp.array([[1.0, -1.0]])
+      >>> limits = lipschitz.margins(net, jnp.ones((1, 1)))
+      >>> print(robustness.lipschitz_radii(net, jnp.array([[3.0], [0.0]]), limits).round(2))
+      [3. 0.]
+    """
+    logits = _logits(fn, x)
+    limits = _pairs_of(margins, logits.shape[1], "margins")
+    predicted = jnp.argmax(logits, axis=1)
+    own = jnp.take_along_axis(logits, predicted[:, None], axis=1)
+    lost = _slack(logits.dtype) * (jnp.abs(own) + jnp.abs(logits))
+    gap = jnp.maximum(own - logits - lost, 0)
+    other = jnp.arange(logits.shape[1]) != predicted[:, None]
+    radii = jnp.where(gap > 0, gap / limits[predicted] * (1 - _slack(logits.dtype)), 0)
+    return _finish(jnp.min(jnp.where(other, radii, jnp.inf), axis=1), logits)
+
+
+def _finish(radii: Array, logits: Array) -> Array:
+    """0 for what is not a number: it certifies nothing."""
+    sound = jnp.all(jnp.isfinite(logits), axis=1) & ~jnp.isnan(radii)
+    return jnp.where(sound, radii, 0)
+
+
+class _Pair(NamedTuple):
+    """An example with the classes of a margin and its curvatures."""
+
+    x: Array
+    own: Array
+    other: Array
+    below: Array
+    above: Array
+
+
+def _margin(fn: Logits, pair: _Pair) -> Callable[[Array], tuple[Array, Array]]:
+    """A margin of one example, and what floats may have made it too large by."""
+
+    def f(x: Array) -> tuple[Array, Array]:
+        z = fn(x[None])[0]
+        return z[pair.own] - z[pair.other], jnp.abs(z[pair.own]) + jnp.abs(z[pair.other])
+
+    return f
+
+
+def _dual(value: Array, size: Array, gradient: Array, x: Array, eta: Array, pair: _Pair) -> Array:
+    """2 d(η, x), with the rounding of its terms taken off."""
+    moved = (x - pair.x).ravel()
+    slope = moved + eta * gradient.ravel()
+    half, squares = jnp.sum(moved * moved), jnp.sum(slope * slope)
+    convex = 1 - eta * pair.below
+    fell = squares / convex
+    slack = _slack(x.dtype)
+    noise = jnp.sum(jnp.abs(moved) ** 2) + eta * eta * jnp.sum(gradient * gradient)
+    lost = half + 2 * eta * size + fell + 2 * jnp.sqrt(squares * noise) / convex
+    return jnp.where(convex > 0, half + 2 * eta * value - fell - slack * lost, -jnp.inf)
+
+
+def _search(fn: Logits, steps: int, inner: int, pair: _Pair) -> Array:
+    """The largest certificate met while η is halved towards the place where the margin vanishes.
+
+    At the minimum x of φ the margin falls as η grows: from a positive one η goes up, from a negative one down.
+    """
+    f = jax.value_and_grad(_margin(fn, pair), has_aux=True)
+    most = 1 / jnp.maximum(pair.below, jnp.finfo(pair.x.dtype).tiny)
+
+    def outer(_: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        low, high, x, best = carry
+        # Without a negative curvature there is no largest η: it doubles.
+        eta = jnp.where(jnp.isfinite(high), (low + high) / 2, jnp.maximum(2 * low, 1e-3))
+
+        def descend(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, best = carry
+            (value, size), gradient = f(x)
+            best = jnp.maximum(best, _dual(value, size, gradient, x, eta, pair))
+            step = 1 / (1 + eta * pair.above)
+            return x - step * (x - pair.x + eta * gradient), best
+
+        x, best = lax.fori_loop(0, inner, descend, (x, best))
+        (value, size), gradient = f(x)
+        best = jnp.maximum(best, _dual(value, size, gradient, x, eta, pair))
+        positive = value > 0
+        return jnp.where(positive, eta, low), jnp.where(positive, high, eta), x, best
+
+    start = jnp.zeros((), pair.x.dtype)
+    high = jnp.where(pair.below > 0, most * (1 - 1e-4), jnp.inf)
+    *_, best = lax.fori_loop(0, steps, outer, (start, high, pair.x, start))
+    return jnp.sqrt(jnp.maximum(best, 0)) * (1 - _slack(pair.x.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "steps", "inner"))
+def _searches(fn: Logits, pairs: _Pair, steps: int, inner: int) -> Array:
+    return jax.vmap(functools.partial(_search, fn, steps, inner))(pairs)
+
+
+@functools.partial(jax.jit, static_argnames=("fn",))
+def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array]:
+    """Radii from the margin, its gradient and its curvature at x₀, for every other class; and the logits.
+
+    F(x₀ + δ) ≥ f - ‖∇f‖ r - ½ m r² for ‖δ‖ ≤ r.
+    """
+    logits = fn(x)
+    predicted = jnp.argmax(logits, axis=1)
+    classes = logits.shape[1]
+
+    def against(other: Array) -> Array:
+        total = lambda x: jnp.sum(_take(fn(x), predicted) - fn(x)[:, other])  # noqa: E731
+        gradient = jax.grad(total)(x).reshape(len(x), -1)
+        return jnp.linalg.norm(gradient, axis=1)
+
+    slopes = jnp.stack([against(jnp.asarray(t)) for t in range(classes)], axis=1)
+    slack = _slack(x.dtype)
+    own = _take(logits, predicted)[:, None]
+    gap = jnp.maximum(own - logits - slack * (jnp.abs(own) + jnp.abs(logits)), 0)
+    slopes = slopes * (1 + slack)
+    m = below[predicted]
+    # The root in the form that does not cancel.
+    radii = 2 * gap / (slopes + jnp.sqrt(slopes * slopes + 2 * m * gap)) * (1 - slack)
+    radii = jnp.where(gap > 0, radii, 0)
+    return jnp.where(jnp.arange(classes) == predicted[:, None], jnp.inf, radii), logits
+
+
+def _take(logits: Array, classes: Array) -> Array:
+    return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+
+
+def curvature_radii(
+    fn: Logits,
+    x: Array,
+    curvatures: Array,
+    *,
+    enough: float | None = None,
+    steps: int = 16,
+    inner: int = 6,
+    progress: Callable[[int, int], Any] | None = None,
+) -> np.ndarray:
+    """Certified radii of the predicted classes from curvature bounds of the margins: on the host, in jitted pieces.
+
+    First for every other class from the value, gradient and curvature at the example; then the dual of this module's
+    page for those classes that keep the radius down, most urgent first, until none does.
+
+    Args:
+      fn: logits ``(batch, classes)`` of a batch, which treats examples one by one. The same function object is compiled
+        once.
+      x: the batch.
+      curvatures: ``(classes, classes)`` m_ij from `fantastic4.lipschitz.margin_curvatures`, or one number for all.
+      enough: stop for an example once its radius exceeds this; without, every radius is made as large as can be.
+      steps: halvings of η.
+      inner: gradient steps for each.
+      progress: called with (pairs done, pairs to do).
+
+    Returns:
+      ``(batch,)``, 0 where nothing is certified.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import lipschitz, robustness
+      >>> net = lambda x: jnp.concatenate([jax.nn.softplus(x), jax.nn.softplus(-x)], axis=1)
+      >>> curvatures = lipschitz.margin_curvatures(net, jnp.ones((1, 1)))
+      >>> radius = robustness.curvature_radii(net, jnp.array([[2.0]]), curvatures)[0]
+      >>> 1.95 < radius <= 2.0
+      np.True_
+    """
+    steps, inner = count(1)("steps", steps), count(1)("inner", inner)
+    x = jnp.asarray(x)
+    classes = jax.eval_shape(lambda x: _logits(fn, x), x).shape[1]
+    below = _pairs_of(curvatures, classes, "curvatures").astype(x.dtype)
+    pieces = [_taylor(fn, x[start : start + _BATCH], below) for start in range(0, len(x), _BATCH)]
+    radii = np.concatenate([np.asarray(each, np.float64) for each, _ in pieces])
+    logits = np.concatenate([np.asarray(logits) for _, logits in pieces])
+    predicted = np.argmax(logits, axis=1)
+    searched = ~np.isfinite(radii) | (radii <= 0)
+    done = 0
+    while True:
+        least = radii.min(axis=1)
+        worst = np.argmin(radii, axis=1)
+        open_ = ~searched[np.arange(len(x)), worst]
+        if enough is not None:
+            open_ &= least <= enough
+        examples = np.flatnonzero(open_)
+        if not len(examples):
+            break
+        total = done + len(examples)
+        for start in range(0, len(examples), _CHUNK):
+            rows = examples[start : start + _CHUNK]
+            # Few shapes to compile: a piece is filled up to a power of two with its first.
+            size = 1 << (len(rows) - 1).bit_length()
+            filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
+            own, other = jnp.asarray(predicted[filled]), jnp.asarray(worst[filled])
+            pairs = _Pair(x[filled], own, other, below[own, other], below[other, own])
+            found = np.asarray(_searches(fn, pairs, steps, inner), np.float64)[: len(rows)]
+            radii[rows, worst[rows]] = np.fmax(radii[rows, worst[rows]], found)
+            searched[rows, worst[rows]] = True
+            if progress is not None:
+                progress(done + start + len(rows), total)
+        done = total
+    certified = radii.min(axis=1)
+    return np.where(np.all(np.isfinite(logits), axis=1) & ~np.isnan(certified), certified, 0.0)
+
+
+def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.ndarray, epsilon: float) -> float:
+    """The share of examples that are right and certified beyond a distance.
+
+    Args:
+      fn: logits of a batch.
+      x: the batch.
+      labels: ``(batch,)``.
+      radii: of the predictions, from this module.
+      epsilon: the distance, at least 0; a radius must exceed it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fantastic4 import robustness
+      >>> net = lambda x: x @ jnp.array([[1.0, -1.0]])
+      >>> x = jnp.array([[3.0], [1.0]])
+      >>> robustness.certified_accuracy(net, x, jnp.array([0, 0]), jnp.array([3.0, 1.0]), 2.0)
+      0.5
+    """
+    right = jnp.argmax(_logits(fn, x), axis=1) == jnp.asarray(labels)
+    return float(jnp.mean(right & (jnp.asarray(radii) > epsilon)))
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "steps", "restarts"))
+def _attack(fn: Logits, x: Array, labels: Array, epsilon: Array, key: Array, steps: int, restarts: int) -> Array:
+    dims = tuple(range(1, x.ndim))
+
+    def length(v: Array) -> Array:
+        return jnp.sqrt(jnp.sum(v * v, axis=dims, keepdims=True))
+
+    def into_ball(delta: Array) -> Array:
+        size = length(delta)
+        return delta * jnp.minimum(1, epsilon / jnp.where(size > 0, size, 1))
+
+    def worst(delta: Array) -> Array:
+        logits = fn(x + delta)
+        others = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
+        return _take(logits, labels) - jnp.max(others, axis=1)
+
+    def restart(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        best, margin, key = carry
+        key, mine = jax.random.split(key)
+        start = jax.random.normal(mine, x.shape, x.dtype)
+        delta = into_ball(start / length(start) * epsilon)
+
+        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            delta, best, margin = carry
+            now, gradient = jax.value_and_grad(lambda d: (jnp.sum(worst(d)), worst(d)), has_aux=True)(delta)
+            size = length(gradient)
+            value = now[1]
+            better = value < margin
+            best = jnp.where(better.reshape(-1, *[1] * len(dims)), delta, best)
+            rate = 2.5 * epsilon * (1 - i / steps)
+            moved = delta - rate * gradient / jnp.where(size > 0, size, 1)
+            return into_ball(moved), best, jnp.where(better, value, margin)
+
+        delta, best, margin = lax.fori_loop(0, steps, step, (delta, best, margin))
+        value = worst(delta)
+        better = value < margin
+        best = jnp.where(better.reshape(-1, *[1] * len(dims)), delta, best)
+        return best, jnp.where(better, value, margin), key
+
+    zero = jnp.zeros_like(x)
+    best, _, _ = lax.fori_loop(0, restarts, restart, (zero, worst(zero), key))
+    return x + best
+
+
+def attack(
+    fn: Logits, x: Array, labels: Array, epsilon: Any, *, key: Array, steps: int = 100, restarts: int = 20
+) -> Array:
+    """Projected gradient descent in the ℓ2 ball (Madry et al. 2018): the strongest adversarial examples that it finds.
+
+    An attack proves that a prediction is not robust; that it finds nothing proves nothing.
+
+    Args:
+      fn: logits of a batch.
+      x: the batch.
+      labels: ``(batch,)``, whose margins are to be destroyed.
+      epsilon: radius of the ball, a number, or one for each example.
+      key: a ``jax.random.key``.
+      steps: of each descent.
+      restarts: descents from random points on the sphere.
+
+    Returns:
+      Examples of the shape of ``x``, within epsilon of it up to rounding.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fantastic4 import robustness
+      >>> net = lambda x: x @ jnp.array([[1.0, -1.0]])
+      >>> found = robustness.attack(net, jnp.array([[1.0]]), jnp.array([0]), 1.5, key=jax.random.key(0), restarts=2)
+      >>> print(jnp.argmax(net(found)))
+      1
+    """
+    steps, restarts = count(1)("steps", steps), count(1)("restarts", restarts)
+    jax.eval_shape(lambda x: _logits(fn, x), x)
+    sizes = jnp.broadcast_to(jnp.asarray(epsilon, x.dtype), (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
+    return _attack(fn, x, jnp.asarray(labels), sizes, key, steps, restarts)
