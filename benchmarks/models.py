@@ -65,3 +65,49 @@ class ResNet(nn.Module):
 resnet32 = partial(ResNet, (5, 5, 5), 16, 10, small_images=True, pad_shortcut=True)  # the paper's, for CIFAR-10
 resnet18_cifar = partial(ResNet, (2, 2, 2, 2), 64, 10, small_images=True)
 resnet50 = partial(ResNet, (3, 4, 6, 3), 64, 1000, bottleneck=True)
+
+
+class KerasResNet50(nn.Module):
+    """ResNet-50 as Keras has it, whose ImageNet weights `keras_resnet50` loads: the stride is in the first 1×1."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``(batch, 1000)`` of images ``(batch, height, width, 3)``, BGR less their mean."""
+
+        def unit(
+            x: jax.Array, width: int, size: int, name: tuple[str, str], stride: int = 1, padding: Any = "VALID"
+        ) -> jax.Array:
+            kernel = (size, size)
+            x = nn.Conv(width, kernel, strides=stride, padding=padding, name=f"{name[0]}{name[1]}")(x)
+            normed = name[0].replace("res", "bn") if name[0] != "conv1" else "bn_conv1"
+            return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name=f"{normed}{name[1]}")(x)
+
+        x = nn.relu(unit(x, 64, 7, ("conv1", ""), 2, 3))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, blocks in enumerate("abc abcd abcdef abc".split(), 2):
+            width = 64 * 2 ** (stage - 2)
+            for block in blocks:
+                stride = 2 if stage > 2 and block == "a" else 1
+                name = f"res{stage}{block}"
+                y = nn.relu(unit(x, width, 1, (name, "_branch2a"), stride))
+                y = nn.relu(unit(y, width, 3, (name, "_branch2b"), padding="SAME"))
+                y = unit(y, 4 * width, 1, (name, "_branch2c"))
+                if block == "a":
+                    x = unit(x, 4 * width, 1, (name, "_branch1"), stride)
+                x = nn.relu(x + y)
+        return nn.Dense(1000, name="fc1000")(jnp.mean(x, axis=(1, 2)))
+
+
+def keras_resnet50(weights: dict[str, Any]) -> dict[str, Any]:
+    """Flax variables of `KerasResNet50` from the weights of `benchmarks.data.resnet50`."""
+    places = {
+        "kernel": ("params", "kernel"), "bias": ("params", "bias"),
+        "gamma": ("params", "scale"), "beta": ("params", "bias"),
+        "moving_mean": ("batch_stats", "mean"), "moving_variance": ("batch_stats", "var"),
+    }  # fmt: skip
+    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for path, value in weights.items():
+        layer, field = path.split("/")
+        collection, name = places[field]
+        variables[collection].setdefault(layer, {})[name] = jnp.asarray(value)
+    return variables
