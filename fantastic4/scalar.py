@@ -15,7 +15,7 @@ import numpy as np
 
 from fantastic4.expression import Expr, X, affine, const, kinks, selections
 from fantastic4.jets import Interval, jet
-from fantastic4.tails import BORDER, sup, tail
+from fantastic4.tails import BORDER, integral, sup, tail
 
 __all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
 
@@ -45,13 +45,17 @@ def _inner_kinks(expr: Expr) -> list[float]:
     return sorted(k for k in kinks(expr) if abs(k) < BORDER)
 
 
-def _search(expr: Expr, order: int) -> float:
-    """Sup |f'| or sup |f''| from above, within `_ACCURACY` of the largest value seen where that can be had."""
+def _search(expr: Expr, order: int, far: float | None = None) -> float:
+    """Sup |f'| or sup |f''| from above, within `_ACCURACY` of the largest value seen where that can be had.
+
+    ``far`` is what it is at most beyond the border, where that is known better than by envelopes.
+    """
     points = np.unique(np.concatenate([np.linspace(-BORDER, BORDER, _CELLS + 1), [0.0], _inner_kinks(expr)]))
     cells = Interval(points[:-1], points[1:])
-    ends = [tail(expr, sign) for sign in (1.0, -1.0)]
-    tails = [sup(end.slope if order == 1 else end.bend) for end in ends]
-    above = far = max(tails)
+    if far is None:
+        ends = [tail(expr, sign) for sign in (1.0, -1.0)]
+        far = max(sup(end.slope if order == 1 else end.bend) for end in ends)
+    above = far
     seen = 0.0
     for _ in range(_ROUNDS):
         if above == math.inf or not len(cells.lo):
@@ -85,13 +89,24 @@ def _check_smooth(expr: Expr) -> None:
             raise ValueError(f"its slope jumps at {kink:.6g}: no bound of its curvature")
 
 
-def _largest(expr: Expr, order: int, what: str) -> float:
+def _far_slopes(expr: Expr) -> tuple[float, float]:
+    """An interval of f' beyond the border: it moves from its value there by no more than the integral of |f''|."""
+    low, high = math.inf, -math.inf
+    for sign in (1.0, -1.0):
+        end, border = tail(expr, sign), np.array(sign * BORDER)
+        at, moved = jet(expr, Interval(border, border)).slope, integral(end.bend)
+        size = sup(end.slope)
+        low, high = min(low, max(float(at.lo) - moved, -size)), max(high, min(float(at.hi) + moved, size))
+    return low, high
+
+
+def _largest(expr: Expr, order: int, what: str, far: float | None = None) -> float:
     with np.errstate(all="ignore"):
         _check_continuous(expr)
         if order == 2:
             _check_smooth(expr)
         try:
-            result = _search(expr, order)
+            result = _search(expr, order, far)
         except OverflowError:  # of an envelope: it is no bound then
             result = math.inf
     if not math.isfinite(result):
@@ -153,10 +168,13 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
       >>> print([round(end, 4) for end in extremes(Expr("logistic", (X,)), 1)])
       [-0.0, 0.25]
     """
-    largest = steepest if order == 1 else most_bent
-    size = largest(expr)
-    line = Expr("mul", (const(size), X)) if order == 1 else Expr("mul", (const(size / 2), Expr("power", (X,), 2.0)))
-    high = largest(Expr("add", (expr, line))) - size
-    low = size - largest(Expr("sub", (line, expr)))
+    size = steepest(expr) if order == 1 else most_bent(expr)
+    power = X if order == 1 else Expr("mul", (const(0.5), Expr("power", (X,), 2.0)))
+    line = Expr("mul", (const(size), power))
+    with np.errstate(all="ignore"):
+        low, high = _far_slopes(expr) if order == 1 else (-size, size)
+    ends = (None, None) if order == 2 else ((size + high) * (1 + 1e-15), (size - low) * (1 + 1e-15))
+    high = _largest(Expr("add", (expr, line)), order, "derivative", ends[0]) - size
+    low = size - _largest(Expr("sub", (line, expr)), order, "derivative", ends[1])
     slack = 4e-16 * size
     return max(low - slack, -size), min(high + slack, size)

@@ -194,3 +194,19 @@ def sup(terms: Terms | None) -> float:
             t = max(BORDER, n / a)
             total += c * math.exp(n * math.log(t) - a * t) * (1 + 1e-9)
     return total * (1 + 1e-12)
+
+
+def integral(terms: Terms | None) -> float:
+    """∫ Σ C tⁿ e^(-at) dt over t ≥ B, from above.
+
+    That of tⁿ e^(-at) is at most Bⁿ e^(-aB) / (a - n/B) where a B > n: its logarithm falls at least so fast.
+    """
+    total = 0.0
+    for factor, power, rate in terms if terms is not None else ((math.inf, 0.0, 0.0),):
+        falls = rate - max(power, 0.0) / BORDER
+        if not factor:
+            continue
+        if falls <= 0:
+            return math.inf
+        total += factor * BORDER**power * math.exp(-rate * BORDER) / falls * (1 + 1e-12)
+    return total

@@ -1,0 +1,202 @@
+"""Curvature of traced functions: never below the Hessian's eigenvalues, and as tight as is claimed."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fantastic4 import lipschitz
+from fantastic4.scalar import Expr, X, extremes
+
+SEED = int(os.environ.get("FUZZ_SEED", 20211))
+CASES = int(os.environ.get("FUZZ_CASES", 6))
+
+
+def weights(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+
+def found_by_search(fn, shape, rng, points=30):
+    """The largest -λ_min and λ_max of Hessians at random points, in float64."""
+    hessian = jax.jit(jax.hessian(lambda x: fn(x.reshape(shape)).reshape(())))
+    lows, highs = [0.0], [0.0]
+    for scale in np.geomspace(0.1, 3, points):
+        point = rng.normal(size=int(np.prod(shape))) * scale
+        values = np.linalg.eigvalsh(np.asarray(hessian(jnp.asarray(point)), np.float64))
+        lows.append(-values[0])
+        highs.append(values[-1])
+    return max(lows), max(highs)
+
+
+def assert_sound(fn, shape, rng, dtype=jnp.float64):
+    bound = lipschitz.curvature(fn, jax.ShapeDtypeStruct(shape, dtype))
+    low, high = found_by_search(fn, shape, rng)
+    assert float(bound.lower) >= low
+    assert float(bound.upper) >= high
+    return bound, low, high
+
+
+def two_layers(rng, activation=jax.nn.softplus, n=6, hidden=9, classes=3):
+    first, last, bias = weights(rng, n, hidden), weights(rng, hidden, classes), weights(rng, 1, hidden)
+    return lambda x: activation(x @ first + bias) @ last, first, last
+
+
+def test_two_layers_of_softplus_have_the_signed_formula():
+    rng = np.random.default_rng(SEED)
+    net, first, last = two_layers(rng)
+    bounds = np.asarray(lipschitz.margin_curvatures(net, jnp.ones((1, 6))))
+    first, last = np.asarray(first, np.float64), np.asarray(last, np.float64)
+    for i in range(3):
+        for j in range(3):
+            lower_part = np.maximum(-(last[:, i] - last[:, j]), 0)
+            exact = 0.25 * np.linalg.norm(first * np.sqrt(lower_part), 2) ** 2
+            assert exact <= bounds[i, j] <= exact * 1.001 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["softplus", "gelu", "silu", "tanh", "sigmoid", "mish"])
+def test_every_smooth_activation(name, x64):
+    activation = {"tanh": jnp.tanh, "mish": jax.nn.mish}.get(name) or getattr(jax.nn, name)
+    rng = np.random.default_rng(SEED)
+    net, _, _ = two_layers(rng, activation)
+    bound, low, high = assert_sound(lambda x: net(x)[0, 0], (1, 6), rng)
+    assert float(bound.value) < 12 * max(low, high)  # and of some use
+
+
+class Convolutional(nn.Module):
+    """Everything that is linear between smooth functions."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.softplus(nn.Conv(3, (3, 3), padding="CIRCULAR")(x))
+        y = nn.BatchNorm(use_running_average=True)(y)
+        y = y + nn.tanh(nn.Conv(3, (3, 3), padding="REFLECT")(y))
+        y = jnp.concatenate([nn.avg_pool(y, (2, 2), (2, 2)), -y[:, ::2, ::2]], axis=-1)
+        y = nn.softplus(nn.Conv(4, (2, 2), strides=2)(y))
+        return nn.Dense(2)(jnp.mean(y, axis=(1, 2)))
+
+
+def test_a_convolutional_network(x64):
+    rng = np.random.default_rng(SEED)
+    model = Convolutional()
+    variables = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
+    variables["batch_stats"]["BatchNorm_0"]["var"] = jnp.array([0.5, 2.0, 1.0])
+    assert_sound(lambda x: model.apply(variables, x)[0, 0] - model.apply(variables, x)[0, 1], (1, 4, 4, 1), rng)
+
+
+def published(matrices, slope, bend):
+    """S/r of Singla & Feizi (2020) in NumPy, for the first output of a dense network, |W| and all."""
+    matrices = [np.asarray(m, np.float64) for m in matrices]
+    r, radii = 0.0, []
+    for i, m in enumerate(matrices[:-1]):
+        r = np.linalg.norm(m, 2) * (1.0 if i == 0 else slope * r)
+        radii.append(r)
+    reach, total = np.abs(matrices[-1][:, 0]), 0.0
+    for i in range(len(matrices) - 2, -1, -1):
+        total += bend * radii[i] ** 2 * reach.max()
+        reach = slope * np.abs(matrices[i]) @ reach
+    return total
+
+
+def test_it_is_never_above_the_published_recursion():
+    rng = np.random.default_rng(SEED)
+    shapes = [(5, 7), (7, 6), (6, 8), (8, 2)]
+    matrices = [weights(rng, *shape) for shape in shapes]
+
+    def net(x):
+        for m in matrices[:-1]:
+            x = jax.nn.softplus(x @ m)
+        return (x @ matrices[-1])[0, 0]
+
+    bound = lipschitz.curvature(net, jnp.ones((1, 5)))
+    assert float(bound.value) <= published(matrices, 1.0, 0.25) * 1.001
+
+
+def test_a_network_called_twice_is_one_network():
+    rng = np.random.default_rng(SEED)
+    net, _, _ = two_layers(rng)
+    twice = lipschitz.curvature(lambda x: net(x)[0, 0] - net(x)[0, 1], jnp.ones((1, 6)))
+    matrix = lipschitz.margin_curvatures(net, jnp.ones((1, 6)))
+    np.testing.assert_allclose(float(twice.lower), matrix[0, 1], rtol=1e-4)
+    np.testing.assert_allclose(float(twice.upper), matrix[1, 0], rtol=1e-4)
+
+
+def random_net(rng):
+    n, depth = int(rng.integers(2, 5)), int(rng.integers(1, 4))
+    acts = [jax.nn.softplus, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.sin]
+    width, layers = n, []
+    for _ in range(depth):
+        new = int(rng.integers(2, 6))
+        layers.append((weights(rng, width, new) * rng.uniform(0.3, 2), weights(rng, 1, new), acts[rng.integers(6)]))
+        width = new
+    last, kind = weights(rng, width, 1), rng.integers(3)
+
+    def net(x):
+        for m, b, act in layers:
+            y = act(x @ m + b)
+            x = y + x if kind == 1 and y.shape == x.shape else y
+        return jnp.sum(x @ last) if kind < 2 else jnp.sum(jnp.tanh(x @ last) * 0.7)
+
+    return net, (1, n)
+
+
+def test_random_networks_are_never_below_what_search_finds(x64):
+    for case in range(CASES):
+        rng = np.random.default_rng([SEED, case])
+        net, shape = random_net(rng)
+        try:
+            assert_sound(net, shape, rng)
+        except AssertionError as error:
+            raise AssertionError(f"seed {SEED}, case {case}") from error
+
+
+def test_a_larger_network_has_finite_bounds_and_gradients():
+    rng = np.random.default_rng(SEED)
+    first, last = weights(rng, 6, 9), weights(rng, 9, 2)
+
+    @jax.jit
+    def penalty(first):
+        return lipschitz.curvature(lambda x: (jax.nn.softplus(x @ first) @ last)[0, 0], jnp.ones((1, 6))).value
+
+    gradient = jax.grad(penalty)(first)
+    direction = jnp.asarray(rng.normal(size=first.shape), jnp.float32)
+    difference = (penalty(first + 1e-2 * direction) - penalty(first - 1e-2 * direction)) / 2e-2
+    np.testing.assert_allclose(jnp.sum(gradient * direction), difference, rtol=2e-2)
+    assert np.all(np.isfinite(jax.grad(penalty)(jnp.zeros_like(first))))
+
+
+def test_what_is_not_smooth_is_refused():
+    with pytest.raises(lipschitz.UnboundedError, match=r"relu.*softplus"):
+        lipschitz.curvature(lambda x: jnp.sum(jax.nn.relu(x)), jnp.ones(3))
+    with pytest.raises(lipschitz.UnboundedError, match="second derivative"):
+        lipschitz.curvature(lambda x: jnp.sum(jnp.sort(jnp.tanh(x))), jnp.ones(3))
+    with pytest.raises(ValueError, match="one example"):
+        lipschitz.margin_curvatures(lambda x: x, jnp.ones((4, 3)))
+
+
+def test_a_vector_has_the_lipschitz_constant_of_its_jacobian():
+    # J = diag(cos x): |cos x - cos y| ≤ |x - y|, attained.
+    bound = lipschitz.curvature(jnp.sin, jnp.ones(3))
+    assert 1.0 <= float(bound.value) <= 1.001
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("op", ["tanh", "logistic", "sin", "silu", "softplus"])
+def test_extremes_hold_every_value(op, order, x64):
+    silu = Expr("mul", (X, Expr("logistic", (X,))))
+    softplus = Expr("log1p", (Expr("exp", (Expr("neg", (Expr("abs", (X,)),)),)),))
+    softplus = Expr("add", (Expr("max", (X, Expr("const", (), 0.0))), softplus))
+    expr, function = {
+        "silu": (silu, jax.nn.silu),
+        "softplus": (softplus, jax.nn.softplus),
+        "logistic": (Expr("logistic", (X,)), jax.nn.sigmoid),
+    }.get(op) or (Expr(op, (X,)), getattr(jnp, op))
+    derivative = jax.grad(function) if order == 1 else jax.grad(jax.grad(function))
+    values = np.asarray(jax.vmap(derivative)(jnp.linspace(-9, 9, 4001)))
+    low, high = extremes(expr, order)
+    assert low <= values.min()
+    assert values.max() <= high
+    if (op, order) != ("silu", 1):  # far out, its slope is known to be at most 1 in size, without the sign
+        assert high - low <= (values.max() - values.min()) * 1.001 + 1e-5

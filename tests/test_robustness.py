@@ -1,0 +1,151 @@
+"""Certified radii: nothing that is certified can be broken, and what is easy is certified exactly."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fantastic4 import lipschitz, robustness
+
+SEED = int(os.environ.get("FUZZ_SEED", 20211))
+
+
+def weights(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+
+def network(rng, n=4, hidden=16, classes=4):
+    first, bias, last = weights(rng, n, hidden), weights(rng, 1, hidden), 2 * weights(rng, hidden, classes)
+    return lambda x: jax.nn.softplus(x @ first + bias) @ last
+
+
+def linear(x):
+    return x @ jnp.array([[1.0, -1.0, 0.0], [0.0, 0.5, 2.0]])
+
+
+def distances(x):
+    """What the linear classifier's radii are, in NumPy."""
+    w = np.array([[1.0, -1.0, 0.0], [0.0, 0.5, 2.0]])
+    z = np.asarray(x, np.float64) @ w
+    y = z.argmax(1)
+    apart = [[(z[i, y[i]] - z[i, t]) / np.linalg.norm(w[:, y[i]] - w[:, t]) for t in range(3) if t != y[i]]
+             for i in range(len(z))]  # fmt: skip
+    return np.min(apart, axis=1)
+
+
+def test_a_linear_classifier_is_certified_exactly():
+    x = jnp.asarray(np.random.default_rng(SEED).normal(size=(50, 2)), jnp.float32)
+    exact = distances(x)
+    by_lipschitz = robustness.lipschitz_radii(linear, x, lipschitz.margins(linear, x[:1]))
+    by_curvature = robustness.curvature_radii(linear, x, lipschitz.margin_curvatures(linear, x[:1]))
+    for radii in (by_lipschitz, by_curvature):
+        assert np.all(radii <= exact)
+        np.testing.assert_allclose(radii, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_the_runner_up_is_not_always_the_nearest_class():
+    x = jnp.array([[2.0, 0.9]])  # logits 2, -1.55, 1.8: class 2 is second
+    radii = robustness.curvature_radii(linear, x, jnp.zeros((3, 3)))
+    assert radii[0] <= distances(x)[0]
+    far = lambda x: jnp.stack([x[:, 0], 0.9 * x[:, 0], -20 * x[:, 1] + 0 * x[:, 0]], axis=1)
+    # At (1, 0.1): logits 1, 0.9, -2. The second class is 1 away, the third 0.15.
+    radius = robustness.curvature_radii(far, jnp.array([[1.0, 0.1]]), jnp.zeros((3, 3)))[0]
+    assert 0.149 < radius <= 3 / np.hypot(1, 20)
+
+
+def nearest_break(net, x, y, rng, count=40_000):
+    """The nearest of many random points with another class."""
+    steps = rng.normal(size=(count, x.shape[-1]))
+    steps *= rng.uniform(0, 4, size=(count, 1)) / np.linalg.norm(steps, axis=1, keepdims=True)
+    points = jnp.asarray(np.asarray(x) + steps, jnp.float32)
+    broken = np.asarray(jnp.argmax(net(points), axis=1)) != y
+    return np.linalg.norm(steps[broken], axis=1).min(initial=np.inf)
+
+
+def test_no_point_within_the_radius_has_another_class():
+    rng = np.random.default_rng(SEED)
+    net = network(rng)
+    x = jnp.asarray(rng.normal(size=(24, 4)), jnp.float32)
+    curvatures = lipschitz.margin_curvatures(net, x[:1])
+    radii = robustness.curvature_radii(net, x, curvatures)
+    limits = robustness.lipschitz_radii(net, x, lipschitz.margins(net, x[:1]))
+    predicted = np.asarray(jnp.argmax(net(x), axis=1))
+    nearest = np.array([nearest_break(net, x[i], predicted[i], rng) for i in range(len(x))])
+    assert np.all(radii <= nearest)
+    assert np.all(limits <= nearest)
+    assert np.mean(radii / np.minimum(nearest, 4)) > 0.5  # and of some use
+    # A test that cannot fail is a defect: with a tenth of the curvature some radii are wrong or at least larger.
+    assert np.any(robustness.curvature_radii(net, x, curvatures / 10) > radii * 1.01)
+
+
+def test_an_underestimated_curvature_is_caught():
+    # One dimension: margin 1 - cosh-like. f = 2 - softplus(4 x) - softplus(-4 x) + 2 log 2, m = 8.
+    net = lambda x: jnp.concatenate([2 - jax.nn.softplus(4 * x) - jax.nn.softplus(-4 * x), 0 * x], axis=1)
+    truth = next(r for r in np.linspace(0, 1, 100_001) if float(net(jnp.array([[r]]))[0, 0]) <= 0)
+    zero = jnp.array([[0.0]])
+    honest = robustness.curvature_radii(net, zero, lipschitz.margin_curvatures(net, zero))[0]
+    broken = robustness.curvature_radii(net, zero, lipschitz.margin_curvatures(net, zero) / 8)[0]
+    assert honest <= truth < broken
+
+
+def test_an_attack_breaks_nothing_that_is_certified():
+    rng = np.random.default_rng(SEED)
+    net = network(rng, n=8, hidden=32)
+    x = jnp.asarray(rng.normal(size=(200, 8)), jnp.float32)
+    labels = jnp.argmax(net(x), axis=1)
+    radii = robustness.curvature_radii(net, x, lipschitz.margin_curvatures(net, x[:1]))
+    certified = radii > 0
+    assert certified.sum() > 150
+    attacked = robustness.attack(net, x, labels, radii, key=jax.random.key(0), steps=40, restarts=4)
+    assert np.all(np.linalg.norm(attacked - x, axis=1) <= radii * 1.0001 + 1e-6)
+    assert not np.any((jnp.argmax(net(attacked), axis=1) != labels) & certified)
+    # The attack is no straw man: at three times the radius it breaks most of them.
+    further = robustness.attack(net, x, labels, 3 * radii, key=jax.random.key(0), steps=40, restarts=4)
+    assert np.mean((jnp.argmax(net(further), axis=1) != labels)[certified]) > 0.3
+
+
+def test_ties_and_nan_are_never_certified():
+    tie = lambda x: jnp.concatenate([x, x, x - 1], axis=1)
+    x = jnp.array([[3.0], [-2.0]])
+    assert not np.any(robustness.lipschitz_radii(tie, x, lipschitz.margins(tie, x[:1])))
+    assert not np.any(robustness.curvature_radii(tie, x, jnp.zeros((3, 3))))
+    broken = lambda x: linear(x) * jnp.nan
+    assert not np.any(robustness.lipschitz_radii(broken, jnp.ones((2, 2)), 1.0))
+    assert not np.any(robustness.curvature_radii(broken, jnp.ones((2, 2)), 1.0))
+
+
+def test_enough_stops_early_and_stays_sound():
+    rng = np.random.default_rng(SEED)
+    net = network(rng)
+    x = jnp.asarray(rng.normal(size=(24, 4)), jnp.float32)
+    curvatures = lipschitz.margin_curvatures(net, x[:1])
+    whole = robustness.curvature_radii(net, x, curvatures)
+    seen = []
+    some = robustness.curvature_radii(net, x, curvatures, enough=0.2, progress=lambda *done: seen.append(done))
+    assert np.all(some <= whole * 1.0001 + 1e-6)
+    np.testing.assert_array_equal(some > 0.2, whole > 0.2)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_certified_accuracy_counts_what_is_right_and_beyond():
+    x = jnp.array([[3.0, 0.0], [0.1, 0.0], [0.0, 1.0]])
+    radii = np.array([1.0, 1.0, 2.0])
+    labels = jnp.array([0, 1, 2])
+    assert robustness.certified_accuracy(linear, x, labels, radii, 0.5) == pytest.approx(2 / 3)
+    assert robustness.certified_accuracy(linear, x, labels, radii, 1.0) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: robustness.lipschitz_radii(lambda x: x[0], jnp.ones((2, 3)), 1.0), r"logits \(batch, classes\)"),
+        (lambda: robustness.lipschitz_radii(linear, jnp.ones((2, 2)), jnp.ones((2, 2))), r"\(3, 3\)"),
+        (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2), int), 1.0), "floating"),
+        (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2)), 1.0, steps=0), "steps"),
+    ],
+)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
