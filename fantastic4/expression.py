@@ -37,9 +37,37 @@ class Expr:
 X = Expr("x")
 
 
+def size(expr: Expr) -> int:
+    """Number of operations in an expression, with repetition."""
+    return 1 + sum(map(size, expr.args))
+
+
 def const(number: float) -> Expr:
     """A number."""
     return Expr("const", (), float(number))
+
+
+def substitute(expr: Expr, part: Expr, by: Expr) -> Expr:
+    """The expression with every occurrence of a part replaced."""
+    if expr == part:
+        return by
+    if not expr.args:
+        return expr
+    return dataclasses.replace(expr, args=tuple(substitute(arg, part, by) for arg in expr.args))
+
+
+def _parts(expr: Expr) -> set[Expr]:
+    return {expr}.union(*map(_parts, expr.args))
+
+
+def layers(expr: Expr) -> list[tuple[Expr, Expr]]:
+    """All ways to write f as g ∘ h with h of more than one operation: (g, h), the largest h first."""
+    found = []
+    for part in sorted(_parts(expr) - {expr, X}, key=lambda part: (-size(part), repr(part))):
+        outer = substitute(expr, part, const(0))
+        if X in _parts(part) and X not in _parts(outer):
+            found.append((substitute(expr, part, X), part))
+    return found
 
 
 def affine(expr: Expr) -> tuple[float, float] | None:

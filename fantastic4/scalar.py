@@ -8,12 +8,13 @@ to 8 units in the last place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
 import numpy as np
 
-from fantastic4.expression import Expr, X, affine, const, kinks, selections
+from fantastic4.expression import Expr, X, affine, const, kinks, layers, selections
 from fantastic4.jets import Interval, jet
 from fantastic4.tails import BORDER, integral, sup, tail
 
@@ -118,6 +119,8 @@ def _largest(expr: Expr, order: int, what: str, far: float | None = None) -> flo
 def steepest(expr: Expr) -> float:
     """Sup |f'| over all numbers, never below it and at most 1e-6 of it above, where its terms allow.
 
+    Where they do not, of f = g ∘ h: sup |g'| sup |h'|.
+
     Args:
       expr: the function.
 
@@ -130,12 +133,20 @@ def steepest(expr: Expr) -> float:
       >>> print(round(steepest(silu), 5))
       1.09984
     """
-    return _largest(expr, 1, "slope")
+    try:
+        return _largest(expr, 1, "slope")
+    except ValueError as refused:
+        for outer, inner in layers(expr):
+            with contextlib.suppress(ValueError):
+                return steepest(outer) * steepest(inner) * (1 + 1e-15)
+        raise refused
 
 
 @functools.lru_cache(maxsize=512)
 def most_bent(expr: Expr) -> float:
     """Sup |f''| over all numbers, never below it: the Lipschitz constant of the slope.
+
+    Where its terms do not allow it, of f = g ∘ h: sup |g''| sup |h'|² + sup |g'| sup |h''|.
 
     Args:
       expr: the function.
@@ -148,7 +159,14 @@ def most_bent(expr: Expr) -> float:
       >>> print(round(most_bent(Expr("tanh", (X,))), 4))
       0.7698
     """
-    return _largest(expr, 2, "curvature")
+    try:
+        return _largest(expr, 2, "curvature")
+    except ValueError as refused:
+        for outer, inner in layers(expr):
+            with contextlib.suppress(ValueError):
+                slope = steepest(inner)
+                return (most_bent(outer) * slope * slope + steepest(outer) * most_bent(inner)) * (1 + 1e-14)
+        raise refused
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:
@@ -174,7 +192,10 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
     with np.errstate(all="ignore"):
         low, high = _far_slopes(expr) if order == 1 else (-size, size)
     ends = (None, None) if order == 2 else ((size + high) * (1 + 1e-15), (size - low) * (1 + 1e-15))
-    high = _largest(Expr("add", (expr, line)), order, "derivative", ends[0]) - size
-    low = size - _largest(Expr("sub", (line, expr)), order, "derivative", ends[1])
+    try:
+        high = _largest(Expr("add", (expr, line)), order, "derivative", ends[0]) - size
+        low = size - _largest(Expr("sub", (line, expr)), order, "derivative", ends[1])
+    except ValueError:  # known only in size
+        return -size, size
     slack = 4e-16 * size
     return max(low - slack, -size), min(high + slack, size)

@@ -122,7 +122,10 @@ def tail(expr: Expr, sign: float) -> Tail:
         (p,) = args
         value, first, second = _tail_unary(expr.op, p)
         bend = _add(_mul(second, p.slope, p.slope), _mul(first, p.bend))
-        return Tail(value, _mul(first, p.slope), bend, p.least if expr.op in ("neg", "abs") else _NONE, span)
+        least = p.least if expr.op in ("neg", "abs") else _NONE
+        if expr.op == "sqrt" and p.range.lo >= 0:
+            least = (math.sqrt(p.least[0]) * (1 - 1e-12), p.least[1] / 2)
+        return Tail(value, _mul(first, p.slope), bend, least, span)
     if expr.op == "power":
         result = args[0]
         for _ in range(int(expr.number) - 1):

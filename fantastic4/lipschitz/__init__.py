@@ -21,9 +21,9 @@ from fantastic4.bounds import METHODS
 from fantastic4.entry import choice
 from fantastic4.interval import norm_interval
 from fantastic4.lipschitz import calls, choices, linear, moves, scalars, windows  # noqa: F401 (they fill the table)
-from fantastic4.lipschitz.graph import Label, UnboundedError, reachable
+from fantastic4.lipschitz.graph import Label, UnboundedError, reachable, whole
 from fantastic4.lipschitz.hessian import try_hessian as hessian
-from fantastic4.lipschitz.nodes import Linear
+from fantastic4.lipschitz.nodes import Joint, Linear
 from fantastic4.lipschitz.numbers import Numbers, slope
 from fantastic4.lipschitz.order import first_order, second_order
 from fantastic4.lipschitz.register import register_rule
@@ -136,7 +136,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
 
     Returns:
       `Bound`, in float32 (float64 for a float64 input). Differentiable by the params and made under ``jit`` like any
-      other JAX function of them. NaN where a constant is NaN.
+      other JAX function of them. NaN where a kernel or a scale is NaN.
 
     Raises:
       UnboundedError: an operation without a Lipschitz constant on the whole space, or without one that is known; it
@@ -152,8 +152,12 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     """
     traced = trace(fn, x)
     how = _numbers(traced, method)
-    steps, totals = first_order(reachable(traced.outputs), traced.outputs, how)
-    value = how.root_sum_squares(totals) if totals else jnp.zeros((), traced.dtype)
+    outputs = traced.outputs
+    if len(outputs) > 1:  # entries of one node count once
+        size = sum(math.prod(o.shape) for o in outputs)
+        outputs = (whole(Joint(Label("outputs"), (size,), outputs)),)
+    steps, totals = first_order(reachable(outputs), outputs, how)
+    value = totals[0] if totals else jnp.zeros((), traced.dtype)
     return Bound(value, tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
 
 
@@ -190,10 +194,10 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
     apart = ~jnp.eye(classes, dtype=bool)
     plain = jnp.where(apart, how.times(2**0.5 * (1 + 1e-15), total), 0)
     last = logits.node
-    if not (isinstance(last, Linear) and last.is_last_matrix and logits.is_shifted):
+    if not (isinstance(last, Linear) and last.is_last_matrix and logits.is_shifted and logits.shape == last.shape):
         return plain
     below = how.times(how.root(last.inputs[0]), slope(last.inputs[0]), how.of(last.inputs[0].node))
-    columns = last.kernel[0].T.astype(traced.dtype)
+    columns = last.kernel[0].T
 
     def from_one(column: Array) -> Array:
         squares = jnp.sum((columns - column) ** 2, axis=1)
@@ -202,11 +206,8 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
 
     # Differences are right to one rounding; sums of squares as long as a column.
     distances = round_up(lax.map(from_one, columns), columns.shape[1] + 8)
-    size = (
-        float(jnp.finfo(traced.dtype).tiny) ** 0.5 * columns.shape[1]
-    )  # what squares may lose below the smallest float
-    lost = last.lost * 2 + size
-    exact = how.times(round_up(distances + lost, 2), below)
+    vanished = float(jnp.finfo(columns.dtype).tiny) ** 0.5 * columns.shape[1]  # squares below the smallest float
+    exact = how.times(how.narrow(round_up(distances + last.lost * 2 + vanished, 4)), below)
     return jnp.where(apart, jnp.minimum(plain, exact), 0)
 
 

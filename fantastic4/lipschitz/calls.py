@@ -23,7 +23,7 @@ _LONGEST = 100_000  # iterations of a while loop
 @rule("jit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 def _call(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
-    with _inside(walk, eqn):
+    with walk.inside(eqn):
         closed = isinstance(inner, core.ClosedJaxpr)
         results = walk.closed(inner, operands) if closed else walk.jaxpr(inner, [], operands)
     return [_named(result, operands, str(eqn.params.get("name", ""))) for result in results]
@@ -38,19 +38,6 @@ def _named(result: Any, operands: Sequence[Any], name: str) -> Any:
     return result
 
 
-class _inside:
-    """Names of the equations in a called jaxpr begin with the caller's."""
-
-    def __init__(self, walk: Walk, eqn: core.JaxprEqn):
-        self.walk, self.stack = walk, str(eqn.source_info.name_stack)
-
-    def __enter__(self) -> None:
-        self.walk.prefix.append(self.stack)
-
-    def __exit__(self, *_: object) -> None:
-        self.walk.prefix.pop()
-
-
 @rule("scan")
 def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     p = eqn.params
@@ -59,7 +46,7 @@ def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     order = range(p["length"])[:: -1 if p["reverse"] else 1]
     stacked: dict[int, list[Any]] = {}
     for i in order:
-        with _inside(walk, eqn):
+        with walk.inside(eqn):
             results = walk.closed(p["jaxpr"], [*fixed, *carry, *(_entry(s, i) for s in sequences)])
         carry = results[: p["num_carry"]]
         stacked[i] = results[p["num_carry"] :]
@@ -101,7 +88,7 @@ def _cond(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
             return walk.refuse(eqn, "chooses a branch by the input, so it may jump: " + which.reason)
         return walk.refuse(eqn, "chooses a branch by the input, so it may jump: jnp.where of elementwise functions is "
                                 "looked into")  # fmt: skip
-    with _inside(walk, eqn):
+    with walk.inside(eqn):
         if is_known(which):
             return walk.closed(branches[int(np.clip(which, 0, len(branches) - 1))], arguments)
         every = [walk.closed(branch, arguments) for branch in branches]
@@ -128,7 +115,7 @@ def _while(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         operands[condition + body :],
     )
     for _ in range(_LONGEST):
-        with _inside(walk, eqn):
+        with walk.inside(eqn):
             go = walk.closed(p["cond_jaxpr"], [*conditions, *carry])[0]
             if not is_known(go):
                 return walk.refuse(eqn, "runs a number of times that is not known while tracing: use a fixed number")

@@ -10,9 +10,9 @@ import numpy as np
 from jax.extend import core
 
 from fantastic4.expression import Expr, X, const
-from fantastic4.lipschitz.graph import Signal, whole
-from fantastic4.lipschitz.moves import moved
-from fantastic4.lipschitz.nodes import Joint
+from fantastic4.lipschitz.graph import Signal, unknown, whole
+from fantastic4.lipschitz.moves import constants, moved
+from fantastic4.lipschitz.nodes import Joint, settled
 from fantastic4.lipschitz.scalars import aligned, scalar
 from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 
@@ -26,6 +26,8 @@ def _compare(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if not a.same_entries(b):
             return walk.refuse(eqn, "compares two signals, and a choice by that may jump: use jnp.maximum, jnp.minimum")
         if a.expr == b.expr:  # x != x asks for NaN, which real numbers are not
+            if np.any(a.places < 0):
+                return walk.refuse(eqn, "asks whether constants among the entries are NaN")
             return np.full(a.shape, name in ("le", "ge", "eq"))
         left, right = a.expr, b.expr
     else:
@@ -81,11 +83,18 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if number is not None:
         return cases[int(number)]
     signals = [c for c in cases if isinstance(c, Signal)]
-    if is_known(by) and len({(id(s.node), s.expr) for s in signals}) == 1:
+    if is_known(by):
         # Which entry comes from where is known: entries move.
         chosen = np.broadcast_to(np.asarray(by).astype(int), shape)
-        places = [c.places if isinstance(c, Signal) else np.full(shape, -1, np.int64) for c in cases]
-        return moved(dataclasses.replace(signals[0], shape=shape), np.choose(chosen, places))
+        if len({(id(s.node), s.expr) for s in signals}) == 1:
+            signals = [settled(s) for s in signals] if len(signals) < len(cases) else signals
+            read = iter(signals)
+            places = [next(read).places if isinstance(c, Signal) else constants(c) for c in cases]
+            places = [np.broadcast_to(p, shape) for p in places]
+            return moved(dataclasses.replace(signals[0], shape=shape), np.choose(chosen, places))
+        other = unknown(shape, alike=True)
+        taken = [(k, settled(c)) for k, c in enumerate(cases) if isinstance(c, Signal)]
+        signals = [moved(s, np.where(chosen == k, s.places, other)) for k, s in taken]
     return whole(Joint(label, shape, tuple(signals)))
 
 

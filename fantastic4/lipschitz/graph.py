@@ -8,6 +8,7 @@ something reads the signal, and x·½·(1 + erf(x/√2)) is one function of x, n
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -60,6 +61,7 @@ class Node:
     shape: tuple[int, ...]
     inputs: tuple[Signal, ...]
     order: int = dataclasses.field(default_factory=lambda: next(_counter), init=False)
+    mapped: dict[Expr, Node] = dataclasses.field(default_factory=dict, init=False)  # nodes of scalar functions of it
 
     def lipschitz(self, given: Sequence[Array], how: Any) -> Array:
         """Its constant, from those of its inputs."""
@@ -77,7 +79,8 @@ class Signal:
     Attributes:
       node: the node.
       shape: of the signal.
-      index: for each entry, which entry of the node (in row-major order) it is; -1 is a constant. None: all in order.
+      index: for each entry, which entry of the node (in row-major order) it is; None: all in order. A negative number
+        is a constant, the same one wherever the number is the same: what it is counts before the scalar function.
       expr: the scalar function.
       label: the last operation.
     """
@@ -113,6 +116,19 @@ class Signal:
         """Whether it is its node plus a constant, up to shape."""
         straight = affine(self.expr)
         return self.index is None and straight is not None and straight[0] == 1
+
+
+_constants = itertools.count(2)
+
+
+def unknown(shape: tuple[int, ...], *, alike: bool) -> np.ndarray:
+    """Places of constants that nothing else shares: one number if they are ``alike``, else one for each."""
+    if alike:
+        return np.full(shape, -next(_constants), np.int64)
+    size = math.prod(shape)
+    first = next(_constants)
+    collections.deque(itertools.islice(_constants, max(size - 1, 0)), maxlen=0)
+    return -(first + np.arange(size, dtype=np.int64)).reshape(shape)
 
 
 def whole(node: Node) -> Signal:

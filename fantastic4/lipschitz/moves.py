@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from fantastic4.lipschitz.graph import Label, Signal, whole
-from fantastic4.lipschitz.nodes import Joint
-from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule
+from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
+from fantastic4.lipschitz.nodes import Joint, settled
+from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
 
 
 def moved(signal: Signal, places: np.ndarray) -> Signal:
@@ -80,9 +80,10 @@ def _pad(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, value = operands
     if not isinstance(signal, Signal) or not is_constant(value):
         return walk.refuse(eqn, "pads with a number that depends on the input: pad with a constant")
+    signal = settled(signal)
     places = signal.places
     config = eqn.params["padding_config"]
-    out = np.full(out_shape(eqn), -1, np.int64)
+    out = unknown(out_shape(eqn), alike=True)
     source, target = [], []
     for n, m, (low, _, inner) in zip(places.shape, out.shape, config, strict=True):
         at = low + np.arange(n) * (inner + 1)
@@ -93,12 +94,19 @@ def _pad(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return moved(signal, out)
 
 
+def constants(value: Any) -> np.ndarray:
+    """Places of the entries of a constant."""
+    return unknown(np.shape(value), alike=uniform(value) is not None)
+
+
 def concatenate(operands: Sequence[Any], axis: int, label: Label) -> Signal:
     """Signals and constants, one after the other."""
+    if not all(isinstance(o, Signal) for o in operands):
+        operands = [settled(o) if isinstance(o, Signal) else o for o in operands]
     signals = [o for o in operands if isinstance(o, Signal)]
     first = signals[0]
     if all(s.node is first.node and s.expr == first.expr for s in signals):
-        read = [o.places if isinstance(o, Signal) else np.full(np.shape(o), -1, np.int64) for o in operands]
+        read = [o.places if isinstance(o, Signal) else constants(o) for o in operands]
         return moved(first, np.concatenate(read, axis))
     shape = list(first.shape)
     shape[axis] = sum(o.shape[axis] if isinstance(o, Signal) else np.shape(o)[axis] for o in operands)
@@ -143,9 +151,15 @@ def _gather(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, *where = operands
     if not isinstance(signal, Signal) or not all(map(is_known, where)):
         return walk.refuse(eqn, "looks entries up at places that are not known while tracing: use fixed ones")
+    params = {k: -1 if k == "fill_value" else v for k, v in eqn.params.items()}
     with jax.ensure_compile_time_eval():
-        (places,) = evaluate(eqn, [jnp.asarray(signal.places, jnp.int32), *where])
-    return moved(signal, np.maximum(np.asarray(places, np.int64), -1))
+        (places,) = evaluate(eqn.replace(params=params), [jnp.asarray(signal.places, jnp.int32), *where])
+    places = np.asarray(places, np.int64)
+    filled = places == -1
+    if np.any(filled):
+        signal = settled(signal)
+        places = np.where(filled, unknown(places.shape, alike=True), places)
+    return moved(signal, places)
 
 
 @rule("dynamic_update_slice")
@@ -156,15 +170,15 @@ def _update(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     shape = out_shape(eqn)
     starts = [int(np.clip(int(w), 0, n - m)) for w, n, m in zip(where, shape, np.shape(new), strict=True)]
     inside = tuple(slice(s, s + m) for s, m in zip(starts, np.shape(new), strict=True))
-    places = np.full(shape, -1, np.int64)
+    old, fresh = unknown(shape, alike=False), unknown(shape, alike=False)
     parts = []
     if isinstance(into, Signal):
         kept = into.places.copy()
-        kept[inside] = -1
-        parts.append(moved(into, kept))
+        kept[inside] = old[inside]
+        parts.append(moved(settled(into), kept))
     if isinstance(new, Signal):
-        places[inside] = new.places
-        parts.append(moved(new, places))
+        fresh[inside] = new.places
+        parts.append(moved(settled(new), fresh))
     return parts[0] if len(parts) == 1 else whole(Joint(walk.label(eqn), tuple(shape), tuple(parts)))
 
 
@@ -177,4 +191,6 @@ def _same(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
 def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) and isinstance(operands[0], Signal):
         return operands[0]
+    if jnp.issubdtype(eqn.params["new_dtype"], jnp.complexfloating):
+        return walk.refuse(eqn, "makes complex numbers: only real ones are known here")
     return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")

@@ -15,9 +15,13 @@ from jax import Array, lax
 from fantastic4 import dense
 from fantastic4.bounds import bound
 from fantastic4.conv import ConvSpec, canonical
+from fantastic4.expression import X
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
 from fantastic4.lipschitz.numbers import Numbers, slope
 from fantastic4.rounding import constant_up, gamma, round_up, unit_roundoff
+
+SILENT = "shift"
+"""The operation of nodes that change no constant: no row is written for them."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -124,10 +128,17 @@ class Joint(Node):
             parts.setdefault(id(signal.node), []).append(signal)
         terms = []
         for signals in parts.values():
-            times = multiplicity(*(s.places for s in signals))
-            factor = max(map(slope, signals)) * (1.0 if times == 1 else math.sqrt(times) * (1 + 1e-15))
+            # What one entry of the node moves: the squares of the slopes under which it is read, added up.
+            squares = np.zeros(1)
+            for signal in signals:
+                flat = signal.places.ravel()
+                count = np.bincount(flat[flat >= 0], minlength=1)
+                length = max(len(count), len(squares))
+                squares = np.pad(squares, (0, length - len(squares)))
+                squares[: len(count)] += count * slope(signal) ** 2
+            largest = float(squares.max())
             below = how.of(signals[0].node)
-            terms.append(below if factor == 1 else how.times(factor, below))
+            terms.append(below if largest == 1 else how.times(math.sqrt(largest) * (1 + 1e-12), below))
         return how.root_sum_squares(terms)
 
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
@@ -170,7 +181,9 @@ class Linear(Node):
 
     def norm(self, how: Numbers) -> Array:
         """An upper bound of its norm."""
-        if self.spec is None:
+        if self.kernel.size == 0:
+            found = jnp.zeros((), self.kernel.dtype)
+        elif self.spec is None:
             matrices = self.kernel
             found = dense.bound(matrices[0]) if len(matrices) == 1 else jnp.max(jax.vmap(dense.bound)(matrices))
             if len(matrices) > 1:  # a maximum over thousands may drop a NaN
@@ -211,9 +224,9 @@ class Linear(Node):
         columns = jnp.broadcast_to(by, [n if a in self.features else 1 for a, n in enumerate(self.shape)])
         columns = columns.reshape(sizes).reshape(-1).astype(self.kernel.dtype)
         new = dataclasses.replace(self, kernel=self.kernel * columns, label=self.label)
-        # An entry is off by a rounding or two, and by less than the smallest float where it vanishes.
+        # An entry is off by a few roundings, and by less than the smallest float where it vanishes.
         largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
-        u = 4.1 * unit_roundoff(self.kernel.dtype)
+        u = 8.1 * unit_roundoff(self.kernel.dtype)
         tiny = float(jnp.finfo(self.kernel.dtype).tiny) * self.kernel.size
         new.lost = round_up(largest * self.lost + constant_up(u, new.kernel.dtype) * new._size() + tiny, 6)
         return new
@@ -242,3 +255,15 @@ class Linear(Node):
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
         """The norm times the input's."""
         return how.times(how.norm(self), given[0][1])
+
+
+def settled(signal: Signal) -> Signal:
+    """The same entries, as those of a node that has the scalar function behind it."""
+    if signal.expr == X:
+        return signal
+    node = signal.node
+    if signal.expr not in node.mapped:
+        inner = Signal(node, node.shape, None, signal.expr, signal.label)
+        label = dataclasses.replace(signal.label, operation=SILENT)
+        node.mapped[signal.expr] = Fixed(label, node.shape, (inner,), linear=True, apply=lambda x: x)
+    return Signal(node.mapped[signal.expr], signal.shape, signal.index, X, signal.label)

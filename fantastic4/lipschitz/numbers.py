@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from fantastic4.conv import ConvSpec
 from fantastic4.expression import affine, slopes
-from fantastic4.lipschitz.graph import Node, Signal, UnboundedError, multiplicity
+from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import round_up
 from fantastic4.scalar import most_bent, steepest
 
@@ -22,6 +22,8 @@ class HasNorm(Protocol):
     """A node with a kernel."""
 
     kernel: Array
+    spec: ConvSpec | None
+    label: Label
 
     def norm(self, how: Numbers) -> Array:
         """An upper bound of its norm."""
@@ -42,7 +44,7 @@ class Numbers:
         self.method = method
         self.interval = interval
         self.constants: dict[int, Array] = {}
-        self._norms: dict[int, Array] = {}
+        self._norms: dict[Any, Array] = {}
         self._kept: list[Any] = []  # an id is of an object that lives
 
     def of(self, node: Node) -> Array:
@@ -51,10 +53,16 @@ class Numbers:
 
     def norm(self, node: HasNorm) -> Array:
         """Norm of a linear node, computed once for all that share its kernel."""
-        if id(node.kernel) not in self._norms:
+        key = id(node.kernel), node.spec, self.method(node.label.name)
+        if key not in self._norms:
             self._kept.append(node.kernel)
-            self._norms[id(node.kernel)] = node.norm(self).astype(self.dtype)
-        return self._norms[id(node.kernel)]
+            self._norms[key] = self.narrow(node.norm(self))
+        return self._norms[key]
+
+    def narrow(self, value: Array) -> Array:
+        """A number in the type of the constants, not rounded down."""
+        cast = jnp.asarray(value, self.dtype)
+        return cast if jnp.finfo(value.dtype).bits <= jnp.finfo(self.dtype).bits else round_up(cast, 2)
 
     def up(self, value: float) -> Array:
         """A Python float, not rounded down."""

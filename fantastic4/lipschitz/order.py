@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from fantastic4.expression import Expr, affine
 from fantastic4.lipschitz.graph import Label, Node, Signal
+from fantastic4.lipschitz.nodes import SILENT
 from fantastic4.lipschitz.numbers import Numbers, bend, slope
 
 
@@ -52,7 +53,7 @@ def first_order(nodes: Sequence[Node], outputs: Sequence[Signal], how: Numbers) 
         given = [read(signal) for signal in node.inputs]
         total = node.lipschitz(given, how)
         how.constants[id(node)] = total
-        if given and node.label.operation != "shift":
+        if given and node.label.operation != SILENT:
             largest = lax.stop_gradient(functools.reduce(jnp.maximum, given))
             steps.append(Step(node.label, node.shape, total / jnp.where(largest > 0, largest, 1), total))
     return steps, [read(signal) for signal in outputs]

@@ -15,8 +15,6 @@ from fantastic4.expression import Expr, X, affine
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
 
-_EXP = Expr("exp", (X,))
-
 
 def _spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
     """Whether a signal is all of a reduced node, spread back over the axes that were reduced."""
@@ -36,7 +34,13 @@ def _level(signal: Signal, axes: Sequence[int]) -> bool:
 def _without_level(signal: Signal, axes: Sequence[int]) -> Signal:
     """X for x - c with c the same along axes: softmax and its kin do not see c."""
     node = signal.node
-    if signal.plain and isinstance(node, Sum) and node.sign < 0 and _level(node.inputs[1], axes):
+    if (
+        signal.plain
+        and signal.shape == node.shape
+        and isinstance(node, Sum)
+        and node.sign < 0
+        and _level(node.inputs[1], axes)
+    ):
         return dataclasses.replace(node.inputs[0], label=node.inputs[0].label)
     return signal
 
@@ -47,15 +51,15 @@ def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | 
     if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or not node.axes:
         return None
     (inner,) = node.inputs
-    same = inner.expr == _EXP and dataclasses.replace(inner, expr=X).same_entries(exponent)
+    same = inner.expr == Expr("exp", (exponent.expr,)) and inner.same_entries(exponent)
     return node.axes if same else None
 
 
 def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     """``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½."""
-    if top.expr != _EXP or bottom.expr != X:
+    if top.expr.op != "exp" or bottom.expr != X:
         return None
-    exponent = dataclasses.replace(top, expr=X)
+    exponent = dataclasses.replace(top, expr=top.expr.args[0])
     axes = _sum_of_exponentials(bottom, exponent)
     if axes is None or not _spread_of(bottom, top.shape, axes):
         return None
@@ -74,7 +78,7 @@ def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
 
 def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
     """``z - log Σ exp(z)``: its Jacobian I - 1pᵀ is a projection, of the norm √n ‖p‖ ≤ √n."""
-    if a.expr != X or b.expr not in _LOGS:
+    if b.expr not in _LOGS:
         return None
     axes = _sum_of_exponentials(b, a)
     if axes is None or not _spread_of(b, a.shape, axes):
@@ -96,10 +100,15 @@ def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
         exponent = dataclasses.replace(inner, expr=X)
         axes = _sum_of_exponentials(outer, exponent)
         node = exponent.node
-        if axes is None or not exponent.plain or not isinstance(node, Sum) or node.sign > 0:
+        if axes is None or not exponent.plain or exponent.shape != node.shape:
+            continue
+        if not isinstance(node, Sum) or node.sign > 0 or outer.shape != level.shape:
             continue
         source, taken = node.inputs
-        small = level.places.reshape([1 if i in axes else n for i, n in enumerate(source.shape)])
+        kept = [1 if i in axes else n for i, n in enumerate(source.shape)]
+        if int(np.prod(kept)) != level.places.size:
+            continue
+        small = level.places.reshape(kept)
         same = taken.node is level.node and taken.expr == level.expr
         if same and np.array_equal(taken.places, np.broadcast_to(small, source.shape)):
             name = dataclasses.replace(label, operation="logsumexp")

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Fixed
-from fantastic4.lipschitz.trace import USER_RULES, Walk, shape_and_dtype
+from fantastic4.lipschitz.trace import USER_RULES, Comparison, Walk, shape_and_dtype
 
 
 def register_rule(primitive: Any, rule: Callable[..., Any]) -> None:
@@ -38,6 +38,8 @@ def register_rule(primitive: Any, rule: Callable[..., Any]) -> None:
         raise ValueError(f"a primitive is a jax.extend.core.Primitive or its name, got {type(primitive).__name__}")
 
     def apply(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        if any(isinstance(o, Comparison) for o in operands):
+            return walk.refuse(eqn, "makes something else of a comparison, and a choice by that may jump")
         given = [
             jax.ShapeDtypeStruct(*shape_and_dtype(v)) if isinstance(o, Signal) else o
             for o, v in zip(operands, eqn.invars, strict=True)

@@ -15,20 +15,11 @@ from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import moved
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
-from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, uniform
-
-_LARGEST = 400  # operations in one scalar function
-
-
-def _size(expr: Expr) -> int:
-    return 1 + sum(map(_size, expr.args))
+from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, shape_and_dtype, uniform
 
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
     """A signal under another scalar function."""
-    if _size(expr) > _LARGEST:  # what is nested deeper is bounded in parts
-        base = whole(Fixed(signal.label, signal.shape, (signal,)))
-        return dataclasses.replace(base, label=label)
     return dataclasses.replace(signal, expr=expr, label=label)
 
 
@@ -55,7 +46,10 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 
 @rule("is_finite")
 def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
-    return np.ones(operands[0].shape, bool)  # of real numbers
+    (signal,) = operands
+    if np.any(signal.places < 0):
+        return walk.refuse(eqn, "asks whether constants among the entries are finite")
+    return np.ones(signal.shape, bool)  # of real numbers
 
 
 def aligned(operands: list[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -94,6 +88,7 @@ def _shifted(signal: Signal, label: Label) -> Signal:
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
     by = jnp.asarray(by)
+    by = by.astype(jnp.promote_types(by.dtype, jnp.float32))  # a product of half precision would be rounded
     found = _plain_linear(signal)
     if found is not None and by.ndim == len(signal.shape):
         scaled = found[0].scaled(by * found[1], label)
@@ -119,6 +114,8 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1))
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
+    if number is not None and math.isnan(number):
+        return whole(Fixed(label, signal.shape, (signal,), math.nan))
     if number is not None and math.isfinite(number):
         left, right = (signal.expr, const(number)) if isinstance(a, Signal) else (const(number), signal.expr)
         return scalar(signal, Expr(op, (left, right)), label)
@@ -160,15 +157,18 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         )
     if isinstance(b, Signal):
         number = uniform(a)
-        if number is None:
+        if number is None or not math.isfinite(number):
             return walk.refuse(eqn, "divides by what depends on the input: register a rule")
         return scalar(b, Expr("div", (const(number), b.expr)), label)
     number = uniform(b)
+    if number is not None and math.isinf(number):
+        return jnp.zeros(*shape_and_dtype(eqn.outvars[0]))
     if number:
         return scalar(a, Expr("div", (a.expr, const(number))), label)
     if number == 0:
         return walk.refuse(eqn, "divides by zero")
-    return _times(a, 1 / jnp.asarray(b), label)
+    b = jnp.asarray(b)
+    return _times(a, 1 / b.astype(jnp.promote_types(b.dtype, jnp.float32)), label)
 
 
 @rule("max", "min")
@@ -180,7 +180,7 @@ def _extreme(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if a.same_entries(b):
             return scalar(a, Expr(op, (a.expr, b.expr)), label)
         # |max - max'|² + |min - min'|² ≤ |a - a'|² + |b - b'|²: both are halves of one node.
-        key = frozenset((id(s.node), s.expr, None if s.index is None else s.index.tobytes()) for s in (a, b))
+        key = frozenset((id(s.node), s.expr, s.shape, None if s.index is None else s.index.tobytes()) for s in (a, b))
         if key not in walk.joined:
             pair = Joint(dataclasses.replace(label, operation="max and min"), (2, *a.shape), (a, b), linear=False)
             walk.joined[key] = whole(pair)

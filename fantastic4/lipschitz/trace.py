@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from fantastic4.expression import X
+from fantastic4.expression import X, size
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
-from fantastic4.lipschitz.nodes import Input
+from fantastic4.lipschitz.nodes import Input, settled
 
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (_PATHS["purelib"], _PATHS["stdlib"], os.path.dirname(os.path.dirname(__file__)))
@@ -36,6 +37,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     return put
 
+
+CALLS = (
+    *("jit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"),
+    *("scan", "while", "cond"),
+)
+"""Primitives whose rules walk through what they call, whatever their operands are."""
+
+MOVES = (
+    *("reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "split", "broadcast_in_dim"),
+    *("unstack", "tile", "copy", "stop_gradient"),
+)
+"""Primitives that do to truth values what they do to numbers."""
+
+_LARGEST = 100  # operations in one scalar function; what is nested deeper is bounded in parts
 
 USER_RULES: dict[str, Rule] = {}
 
@@ -106,13 +121,27 @@ class Walk:
 
     def __init__(self) -> None:
         self.prefix: list[str] = []
+        self.sources: list[str] = []
         self.joined: dict[Any, Signal] = {}
         self._done: dict[Any, tuple[Any, list[Any]]] = {}
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
         name = "/".join(part for part in (*self.prefix, str(eqn.source_info.name_stack)) if part)
-        return Label(operation or eqn.primitive.name, name, _source(eqn))
+        # A function that JAX has traced before has no line of the user's: its caller has.
+        source = _source(eqn) or next((source for source in reversed(self.sources) if source), "")
+        return Label(operation or eqn.primitive.name, name, source)
+
+    @contextlib.contextmanager
+    def inside(self, eqn: core.JaxprEqn) -> Iterator[None]:
+        """While the jaxpr of a call is walked through: names begin with the caller's."""
+        self.prefix.append(str(eqn.source_info.name_stack))
+        self.sources.append(_source(eqn))
+        try:
+            yield
+        finally:
+            self.prefix.pop()
+            self.sources.pop()
 
     def jaxpr(self, jaxpr: core.Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr for operands that are constants or signals."""
@@ -145,10 +174,19 @@ class Walk:
         if all(map(is_constant, operands)):
             return evaluate(eqn, operands)
         name = eqn.primitive.name
+        if name not in CALLS:
+            operands = [settled(o) if isinstance(o, Signal) and size(o.expr) > _LARGEST else o for o in operands]
         for operand in operands:
-            if isinstance(operand, Refused) and name not in ("jit", "scan", "while", "cond"):
+            if isinstance(operand, Refused) and name not in CALLS:
                 return [operand] * len(eqn.outvars)
         rule = USER_RULES.get(name) or RULES.get(name)
+        comparisons = [o for o in operands if isinstance(o, Comparison)]
+        if comparisons and name not in (*CALLS, "select_n", "not", "and", "or"):
+            if name not in MOVES or len(operands) > 1 or rule is None:
+                return self.refuse(eqn, "makes something else of a comparison, and a choice by that may jump")
+            results = rule(self, eqn, [comparisons[0].of])
+            results = results if isinstance(results, list) else [results]
+            return [dataclasses.replace(comparisons[0], of=result) for result in results]
         if rule is None:
             return self.refuse(eqn, "has no rule: write one with fantastic4.lipschitz.register_rule")
         try:
@@ -172,7 +210,13 @@ def _identity(value: Any) -> Any:
 
 
 def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Results of an equation of constants, as JAX computes them."""
+    """Results of an equation of constants, as JAX computes them: now, where they are known, under ``jit`` too."""
+    known = all(map(is_known, operands))
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        return _bind(eqn, operands)
+
+
+def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(found) if eqn.primitive.multiple_results else [found]
 
