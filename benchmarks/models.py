@@ -84,7 +84,7 @@ class KerasResNet50(nn.Module):
 
         x = nn.relu(unit(x, 64, 7, ("conv1", ""), 2, 3))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, blocks in enumerate("abc abcd abcdef abc".split(), 2):
+        for stage, blocks in enumerate(["abc", "abcd", "abcdef", "abc"], 2):
             width = 64 * 2 ** (stage - 2)
             for block in blocks:
                 stride = 2 if stage > 2 and block == "a" else 1

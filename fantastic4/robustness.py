@@ -204,8 +204,8 @@ def curvature_radii(
     curvatures: Array,
     *,
     enough: float | None = None,
-    steps: int = 16,
-    inner: int = 6,
+    steps: int = 12,
+    inner: int = 3,
     progress: Callable[[int, int], Any] | None = None,
 ) -> np.ndarray:
     """Certified radii of the predicted classes from curvature bounds of the margins: on the host, in jitted pieces.

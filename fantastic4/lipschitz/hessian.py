@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from fantastic4 import dense
 from fantastic4.expression import Expr, affine
@@ -106,24 +106,39 @@ def _back(node: Node, span: Span) -> list[Span]:
     raise _Unknown
 
 
+_ENTRIES = 2**23  # of a matrix that is written out
+
+
+def _first_matrix(signal: Signal) -> Array | None:
+    """The matrix ``(inputs, entries)`` from the input to a signal, where that is one layer and small enough."""
+    node = signal.node
+    if not isinstance(node, Linear) or signal.index is not None or node.apply is None:
+        return None
+    (source,) = node.inputs
+    n_in, n_out = int(np.prod(source.shape)), int(np.prod(node.shape))
+    if not isinstance(source.node, Input) or not source.is_shifted or n_in * n_out > _ENTRIES:
+        return None
+    if node.spec is None and len(node.kernel) == 1 and node.kernel.shape[1:] == (n_in, n_out):
+        return node.kernel[0]
+    apply, kernel = node.apply, node.kernel
+    basis = jnp.eye(n_in, dtype=kernel.dtype).reshape(n_in, *source.shape)
+    return lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out)
+
+
 def _quadratic(signal: Signal, weights: Array, how: Numbers) -> Array:
     """‖diag(√weights) J‖² for the Jacobian J of a signal's entries, from above."""
-    node = signal.node
-    if isinstance(node, Linear) and node.spec is None and len(node.kernel) == 1 and signal.index is None:
-        (source,) = node.inputs
-        rows = int(np.prod([node.shape[a] for a in node.features]))
-        one_example = rows == int(np.prod(node.shape))
-        if one_example and isinstance(source.node, Input) and source.is_shifted:
-            # The order of the features is that of the shape where nothing else has entries.
-            root = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0).ravel()
-            matrix = node.kernel[0].astype(how.dtype) * root
-            size = dense.frobenius_bound(jax.lax.stop_gradient(matrix))
-            norm = round_up(dense.bound(matrix) + 8 * unit_roundoff(how.dtype) * size, 4)
-            if not isinstance(node.lost, float):
-                norm = round_up(norm + jnp.max(root) * node.lost, 4)
-            return round_up(norm * norm, 2)
+    matrix = _first_matrix(signal)
+    if matrix is not None:
+        root = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0).ravel()
+        scaled = matrix.astype(how.dtype) * root
+        size = dense.frobenius_bound(lax.stop_gradient(scaled))
+        norm = round_up(dense.bound(scaled) + 8 * unit_roundoff(how.dtype) * size, 4)
+        lost = getattr(signal.node, "lost", 0.0)
+        if not isinstance(lost, float):
+            norm = round_up(norm + jnp.max(root) * lost, 4)
+        return round_up(norm * norm, 2)
     largest = jnp.max(weights, initial=0)
-    return how.times(largest, float(multiplicity(signal.index)), how.of(node), how.of(node))
+    return how.times(largest, float(multiplicity(signal.index)), how.of(signal.node), how.of(signal.node))
 
 
 def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> tuple[Array, Array]:
