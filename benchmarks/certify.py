@@ -142,7 +142,7 @@ def _weights_below(params: Any) -> jax.Array:
 
 def _linear(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     """The first layer without its bias."""
-    apply = functools.partial(model.apply, {"params": params}, method="features")
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params}, method="features")
     return apply(images) - apply(jnp.zeros_like(images[:1]))
 
 
@@ -160,6 +160,7 @@ def curvatures(model: nn.Module, params: Any, vectors: jax.Array) -> tuple[jax.A
 
 def _train_curvature(recipe: Recipe, train: data.Digits, advance: Callable[[], None]) -> Any:
     model, key = recipe.model, jax.random.key(0)
+    apply: Callable[..., Any] = model.apply
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     params = model.init(key, images[:1])["params"]
     each = len(labels) // BATCH
@@ -167,10 +168,10 @@ def _train_curvature(recipe: Recipe, train: data.Digits, advance: Callable[[], N
 
     def loss_fn(params: Any, vectors: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         constant = jax.lax.stop_gradient(params)
-        against = _runner_up(model.apply({"params": constant}, x), y)
+        against = _runner_up(apply({"params": constant}, x), y)
 
         def margin(x: jax.Array) -> jax.Array:
-            logits = model.apply({"params": constant}, x)
+            logits = apply({"params": constant}, x)
             return jnp.sum(_take(logits, y) - _take(logits, against))
 
         worst = x
@@ -178,7 +179,7 @@ def _train_curvature(recipe: Recipe, train: data.Digits, advance: Callable[[], N
             gradient = jax.grad(margin)(worst)
             size = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3), keepdims=True))
             worst = x - EPSILON * gradient / jnp.where(size > 0, size, 1)
-        logits = model.apply({"params": params}, worst)
+        logits = apply({"params": params}, worst)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         bent, vectors = curvatures(model, params, vectors)
         return loss + recipe.beta * jnp.mean(bent[y, _runner_up(logits, y)]), vectors
