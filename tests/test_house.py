@@ -34,7 +34,7 @@ LIPSCHITZ_FLOORS = [
     {"numbers"},
     {"nodes"},
     {"trace", "patterns", "order"},
-    {"moves", "linear", "register", "hessian"},
+    {"moves", "linear", "register", "hessian", "training"},
     {"scalars", "calls", "windows"},
     {"choices"},
     {"__init__"},

@@ -28,20 +28,13 @@ from fantastic4.lipschitz.numbers import Numbers, slope
 from fantastic4.lipschitz.order import first_order, second_order
 from fantastic4.lipschitz.register import register_rule
 from fantastic4.lipschitz.trace import Traced, trace
+from fantastic4.lipschitz.training import LipschitzState, init, step
 from fantastic4.rounding import round_up
 
 __all__ = [
-    "Bound",
-    "Curvature",
-    "Method",
-    "Row",
-    "UnboundedError",
-    "bound",
-    "curvature",
-    "margin_curvatures",
-    "margins",
-    "register_rule",
-]
+    "Bound", "Curvature", "LipschitzState", "Method", "Row", "UnboundedError", "bound",
+    "curvature", "init", "margin_curvatures", "margins", "register_rule", "step",
+]  # fmt: skip
 
 Method = str | Mapping[str, str]
 
