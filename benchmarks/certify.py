@@ -294,7 +294,7 @@ def picture(figures: dict[str, Any], path: Path) -> None:
     axis.scatter([EPSILON], [0.6979], marker="x", color="black", label="published, against the runner-up alone")
     axis.set(xlabel="ε, ℓ2", ylabel="certified accuracy, all 10,000 test images", xlim=(0, 3), ylim=(0, 1))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
