@@ -12,8 +12,9 @@ every margin f = z_y - z_t stays positive, against **every** other class t, and 
   and r = √(2 d). Any η and x̂ will do: the search for good ones need not converge for the radius to be sound
   (a one-shot form of the dual of Singla & Feizi 2020).
 
-Sound for the function in real arithmetic; its values and gradients are computed in floats, and what they may be off by,
-64 roundings of the largest terms, is taken from each radius.
+Sound for the function in real arithmetic where its values and gradients are right to 64 roundings of the logits and of
+their gradients: so much is taken from each radius. Products are computed in full precision. Functions that cancel
+inside (inputs of 1e6 and a bias that takes it away) or compute in half precision are off by more: take float64 there.
 """
 
 from __future__ import annotations
@@ -53,8 +54,18 @@ def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
     return jnp.broadcast_to(matrix, (classes, classes))
 
 
-def _slack(dtype: Any) -> float:
-    return 64 * float(jnp.finfo(dtype).eps)
+def _slack(*dtypes: Any) -> float:
+    return 64 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _fresh(fn: Logits) -> Logits:
+    """The function in full precision, under a new identity: what an object computes may change between calls."""
+
+    def precise(x: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return fn(x)
+
+    return precise
 
 
 def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
@@ -80,14 +91,15 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
       >>> print(robustness.lipschitz_radii(net, jnp.array([[3.0], [0.0]]), limits).round(2))
       [3. 0.]
     """
-    logits = _logits(fn, x)
+    logits = _logits(_fresh(fn), x)
     limits = _pairs_of(margins, logits.shape[1], "margins")
     predicted = jnp.argmax(logits, axis=1)
     own = jnp.take_along_axis(logits, predicted[:, None], axis=1)
-    lost = _slack(logits.dtype) * (jnp.abs(own) + jnp.abs(logits))
+    slack = _slack(x.dtype, logits.dtype)
+    lost = slack * (jnp.abs(own) + jnp.abs(logits))
     gap = jnp.maximum(own - logits - lost, 0)
     other = jnp.arange(logits.shape[1]) != predicted[:, None]
-    radii = jnp.where(gap > 0, gap / limits[predicted] * (1 - _slack(logits.dtype)), 0)
+    radii = jnp.where(gap > 0, gap / limits[predicted] * (1 - slack), 0)
     return _finish(jnp.min(jnp.where(other, radii, jnp.inf), axis=1), logits)
 
 
@@ -98,13 +110,14 @@ def _finish(radii: Array, logits: Array) -> Array:
 
 
 class _Pair(NamedTuple):
-    """An example with the classes of a margin and its curvatures."""
+    """An example with the classes of a margin, its curvatures, and the size of the gradients of both logits."""
 
     x: Array
     own: Array
     other: Array
     below: Array
     above: Array
+    steep: Array
 
 
 def _margin(fn: Logits, pair: _Pair) -> Callable[[Array], tuple[Array, Array]]:
@@ -125,8 +138,9 @@ def _dual(value: Array, size: Array, gradient: Array, x: Array, eta: Array, pair
     convex = 1 - eta * pair.below
     fell = squares / convex
     slack = _slack(x.dtype)
-    noise = jnp.sum(jnp.abs(moved) ** 2) + eta * eta * jnp.sum(gradient * gradient)
-    lost = half + 2 * eta * size + fell + 2 * jnp.sqrt(squares * noise) / convex
+    steep = eta * jnp.maximum(pair.steep, jnp.sqrt(jnp.sum(gradient * gradient)))
+    noise = half + steep * steep
+    lost = half + 2 * eta * size + fell + (2 * jnp.sqrt(squares * noise) + slack * noise) / convex
     return jnp.where(convex > 0, half + 2 * eta * value - fell - slack * lost, -jnp.inf)
 
 
@@ -136,12 +150,14 @@ def _search(fn: Logits, steps: int, inner: int, pair: _Pair) -> Array:
     At the minimum x of φ the margin falls as η grows: from a positive one η goes up, from a negative one down.
     """
     f = jax.value_and_grad(_margin(fn, pair), has_aux=True)
-    most = 1 / jnp.maximum(pair.below, jnp.finfo(pair.x.dtype).tiny)
+    (gap, _), slope = f(pair.x)
+    squares = jnp.sum(slope * slope)
+    scale = jnp.where(squares > 0, gap / jnp.where(squares > 0, squares, 1), 1)  # η where a linear margin vanishes
 
     def outer(_: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         low, high, x, best = carry
-        # Without a negative curvature there is no largest η: it doubles.
-        eta = jnp.where(jnp.isfinite(high), (low + high) / 2, jnp.maximum(2 * low, 1e-3))
+        # Doubled at first: the largest η may be far off, or infinite.
+        eta = jnp.minimum((low + high) / 2, jnp.maximum(2 * low, scale))
 
         def descend(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x, best = carry
@@ -157,7 +173,7 @@ def _search(fn: Logits, steps: int, inner: int, pair: _Pair) -> Array:
         return jnp.where(positive, eta, low), jnp.where(positive, high, eta), x, best
 
     start = jnp.zeros((), pair.x.dtype)
-    high = jnp.where(pair.below > 0, most * (1 - 1e-4), jnp.inf)
+    high = jnp.where(pair.below > 0, (1 - 1e-4) / jnp.where(pair.below > 0, pair.below, 1), jnp.inf)
     *_, best = lax.fori_loop(0, steps, outer, (start, high, pair.x, start))
     return jnp.sqrt(jnp.maximum(best, 0)) * (1 - _slack(pair.x.dtype))
 
@@ -168,30 +184,36 @@ def _searches(fn: Logits, pairs: _Pair, steps: int, inner: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("fn",))
-def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array]:
-    """Radii from the margin, its gradient and its curvature at x₀, for every other class; and the logits.
+def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array, Array]:
+    """Radii from the margin, its gradient and its curvature at x₀, for every other class; logits; gradients' sizes.
 
     F(x₀ + δ) ≥ f - ‖∇f‖ r - ½ m r² for ‖δ‖ ≤ r.
     """
-    logits = fn(x)
-    predicted = jnp.argmax(logits, axis=1)
-    classes = logits.shape[1]
+    logits, back = jax.vjp(fn, x)
+    predicted, classes = jnp.argmax(logits, axis=1), logits.shape[1]
 
-    def against(other: Array) -> Array:
-        total = lambda x: jnp.sum(_take(fn(x), predicted) - fn(x)[:, other])  # noqa: E731
-        gradient = jax.grad(total)(x).reshape(len(x), -1)
-        return jnp.linalg.norm(gradient, axis=1)
+    def gradient(of: Array) -> Array:
+        """Of one logit, of every example: ``(batch, size)``."""
+        return back(jax.nn.one_hot(of, classes, dtype=logits.dtype))[0].reshape(len(x), -1)
 
-    slopes = jnp.stack([against(jnp.asarray(t)) for t in range(classes)], axis=1)
-    slack = _slack(x.dtype)
+    own_gradient = gradient(predicted)
+
+    def against(other: Array) -> tuple[Array, Array]:
+        other_gradient = gradient(jnp.full(len(x), other))
+        return jnp.linalg.norm(own_gradient - other_gradient, axis=1), jnp.linalg.norm(other_gradient, axis=1)
+
+    slopes, sizes = lax.map(against, jnp.arange(classes))
+    sizes = sizes.T + jnp.linalg.norm(own_gradient, axis=1)[:, None]
+    slack = _slack(x.dtype, logits.dtype)
+    slopes = slopes.T * (1 + slack) + slack * sizes
     own = _take(logits, predicted)[:, None]
-    gap = jnp.maximum(own - logits - slack * (jnp.abs(own) + jnp.abs(logits)), 0)
-    slopes = slopes * (1 + slack)
+    gap = own - logits - slack * (jnp.abs(own) + jnp.abs(logits))
+    gap = jnp.where(gap > jnp.finfo(x.dtype).tiny ** 0.4, gap, 0)  # squares of smaller ones vanish
     m = below[predicted]
     # The root in the form that does not cancel.
-    radii = 2 * gap / (slopes + jnp.sqrt(slopes * slopes + 2 * m * gap)) * (1 - slack)
-    radii = jnp.where(gap > 0, radii, 0)
-    return jnp.where(jnp.arange(classes) == predicted[:, None], jnp.inf, radii), logits
+    bottom = slopes + jnp.sqrt(slopes * slopes + 2 * m * gap)
+    radii = jnp.where(gap > 0, 2 * gap / bottom * (1 - slack), 0)
+    return jnp.where(jnp.arange(classes) == predicted[:, None], jnp.inf, radii), logits, sizes
 
 
 def _take(logits: Array, classes: Array) -> Array:
@@ -214,8 +236,7 @@ def curvature_radii(
     page for those classes that keep the radius down, most urgent first, until none does.
 
     Args:
-      fn: logits ``(batch, classes)`` of a batch, which treats examples one by one. The same function object is compiled
-        once.
+      fn: logits ``(batch, classes)`` of a batch, which treats examples one by one; compiled anew in every call.
       x: the batch.
       curvatures: ``(classes, classes)`` m_ij from `fantastic4.lipschitz.margin_curvatures`, or one number for all.
       enough: stop for an example once its radius exceeds this; without, every radius is made as large as can be.
@@ -239,12 +260,13 @@ def curvature_radii(
       np.True_
     """
     steps, inner = count(1)("steps", steps), count(1)("inner", inner)
-    x = jnp.asarray(x)
+    x, fn = jnp.asarray(x), _fresh(fn)
     classes = jax.eval_shape(lambda x: _logits(fn, x), x).shape[1]
+    if not len(x):
+        return np.zeros(0)
     below = _pairs_of(curvatures, classes, "curvatures").astype(x.dtype)
     pieces = [_taylor(fn, x[start : start + _BATCH], below) for start in range(0, len(x), _BATCH)]
-    radii = np.concatenate([np.asarray(each, np.float64) for each, _ in pieces])
-    logits = np.concatenate([np.asarray(logits) for _, logits in pieces])
+    radii, logits, steep = (np.concatenate([np.asarray(p[i], np.float64) for p in pieces]) for i in range(3))
     predicted = np.argmax(logits, axis=1)
     searched = ~np.isfinite(radii) | (radii <= 0)
     done = 0
@@ -264,7 +286,8 @@ def curvature_radii(
             size = 1 << (len(rows) - 1).bit_length()
             filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
             own, other = jnp.asarray(predicted[filled]), jnp.asarray(worst[filled])
-            pairs = _Pair(x[filled], own, other, below[own, other], below[other, own])
+            sizes = jnp.asarray(steep[filled, worst[filled]], x.dtype)
+            pairs = _Pair(x[filled], own, other, below[own, other], below[other, own], sizes)
             found = np.asarray(_searches(fn, pairs, steps, inner), np.float64)[: len(rows)]
             radii[rows, worst[rows]] = np.fmax(radii[rows, worst[rows]], found)
             searched[rows, worst[rows]] = True
@@ -374,4 +397,4 @@ def attack(
     steps, restarts = count(1)("steps", steps), count(1)("restarts", restarts)
     jax.eval_shape(lambda x: _logits(fn, x), x)
     sizes = jnp.broadcast_to(jnp.asarray(epsilon, x.dtype), (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
-    return _attack(fn, x, jnp.asarray(labels), sizes, key, steps, restarts)
+    return _attack(_fresh(fn), x, jnp.asarray(labels), sizes, key, steps, restarts)

@@ -170,9 +170,9 @@ def most_bent(expr: Expr) -> float:
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:
-    """An interval that holds all values of f' (order 1) or f'' (order 2), to about 1e-6 of the largest of them.
+    """An interval that holds all values of f' (order 1) or f'' (order 2).
 
-    Sup (f' + S) = sup |f' + S| where S = sup |f'|, and so on.
+    Sup (f' + S) = sup |f' + S| where S = sup |f'|, and so on: to 1e-6 of S where the terms of f allow, else -S to S.
 
     Args:
       expr: the function.

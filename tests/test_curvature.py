@@ -200,3 +200,62 @@ def test_extremes_hold_every_value(op, order, x64):
     assert values.max() <= high
     if (op, order) != ("silu", 1):  # far out, its slope is known to be at most 1 in size, without the sign
         assert high - low <= (values.max() - values.min()) * 1.001 + 1e-5
+
+
+def inner(x, factor=3.0):
+    """A node whose own curvature is seen only through the interval of what comes after it."""
+    return jnp.tanh(x @ jnp.ones((1, 1))) @ jnp.full((1, 1), factor)
+
+
+THROUGH = {
+    "negative weight": lambda x: jax.nn.softplus(inner(x, -1.0)),
+    "concave": lambda x: -jax.nn.softplus(x @ jnp.ones((1, 1))),
+    "repeated times numbers of both signs": lambda x: (
+        jax.nn.softplus(jnp.repeat(inner(x), 2, 1) * jnp.array([[-1.0, 1.001]])) @ jnp.ones((2, 1))
+    ),
+    "a steep linear map before a matrix": lambda x: jax.nn.softplus(
+        jnp.sum(jnp.repeat(x, 4, 1), 1, keepdims=True) @ jnp.ones((1, 1))
+    ),
+    "read twice": lambda x: jax.nn.softplus(inner(x)) + jax.nn.softplus(inner(x) + 1) * 2,
+    "read thrice": lambda x: jnp.repeat(inner(x), 3, 1) @ jnp.ones((3, 1)),
+    "functions read thrice": lambda x: jax.nn.softplus(jnp.repeat(inner(x), 3, 1) @ jnp.ones((3, 1))),
+    "multiplied by a number": lambda x: jax.nn.softplus((-4 * inner(x)) @ jnp.ones((1, 1))),
+    "input multiplied by a number": lambda x: jax.nn.softplus((3 * x) @ jnp.ones((1, 1))),
+    "input read thrice": lambda x: jax.nn.softplus(jnp.repeat(x, 3, 1)) @ jnp.ones((3, 1)),
+    "side by side": lambda x: jax.nn.softplus(
+        jnp.concatenate([inner(x), jnp.sin(inner(x, 2.0))], 1) @ jnp.array([[-1.0], [0.5]])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_intervals_go_back_through(name, x64):
+    fn = lambda x: THROUGH[name](x)[0, 0]
+    bends = jax.vmap(jax.grad(jax.grad(lambda t: fn(t.reshape(1, 1)))))(jnp.linspace(-6, 6, 2001))
+    found = lipschitz.curvature(fn, jax.ShapeDtypeStruct((1, 1), jnp.float64))
+    assert float(found.lower) >= -bends.min()
+    assert float(found.upper) >= bends.max()
+
+
+def test_a_batch_is_not_one_example(x64):
+    weights = jnp.array([[1.0, 0.0], [0.0, 5.0]])
+    fn = lambda x: jnp.sum(jax.nn.softplus(x @ jnp.array([[1.0, 0.0], [0.0, 3.0]])) * weights[::-1])
+    truth = np.linalg.eigvalsh(jax.hessian(lambda v: fn(v.reshape(2, 2)))(jnp.zeros(4)))
+    assert float(lipschitz.curvature(fn, jnp.ones((2, 2))).upper) >= truth[-1] > 0
+
+
+@pytest.mark.parametrize("count", [8, 3002])
+def test_intervals_are_widened_by_their_rounding(count):
+    """1e8 + 1 + … - 1e8: what float32 loses is in the interval."""
+    ones = jnp.ones((1, 1))
+    last = jnp.asarray(np.r_[1e8, np.ones(count - 2), -1e8], jnp.float32)[:, None]
+    net = lambda x: (jnp.repeat(jnp.tanh(x @ ones) @ ones, count, axis=1) @ last)[0, 0]
+    assert float(lipschitz.curvature(net, ones).value) >= 0.7698 * (count - 2)
+
+
+def test_what_vanishes_below_the_smallest_float_is_not_zero():
+    small = jnp.full((1, 1), 1e-25)
+    steep = jnp.full((1, 1), 1e18)
+    assert float(lipschitz.bound(lambda x: jnp.tanh(x @ small) @ small, jnp.ones((1, 1))).value) > 1e-50
+    net = lambda x: (jnp.tanh(jnp.tanh(x @ steep) @ small) @ small)[0, 0]
+    assert float(lipschitz.curvature(net, jnp.ones((1, 1))).value) >= 7.6e-15

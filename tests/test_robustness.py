@@ -83,7 +83,8 @@ def test_no_point_within_the_radius_has_another_class():
 def test_an_underestimated_curvature_is_caught():
     # One dimension: margin 1 - cosh-like. f = 2 - softplus(4 x) - softplus(-4 x) + 2 log 2, m = 8.
     net = lambda x: jnp.concatenate([2 - jax.nn.softplus(4 * x) - jax.nn.softplus(-4 * x), 0 * x], axis=1)
-    truth = next(r for r in np.linspace(0, 1, 100_001) if float(net(jnp.array([[r]]))[0, 0]) <= 0)
+    grid = np.linspace(0, 1, 100_001)
+    truth = grid[np.argmax(2 - np.logaddexp(0, 4 * grid) - np.logaddexp(0, -4 * grid) <= 0)]
     zero = jnp.array([[0.0]])
     honest = robustness.curvature_radii(net, zero, lipschitz.margin_curvatures(net, zero))[0]
     broken = robustness.curvature_radii(net, zero, lipschitz.margin_curvatures(net, zero) / 8)[0]
@@ -149,3 +150,66 @@ def test_certified_accuracy_counts_what_is_right_and_beyond():
 def test_bad_input_is_refused_in_words(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_pairs_have_their_own_curvatures():
+    net = lambda x: jnp.concatenate([2 - jax.nn.softplus(4 * x) - jax.nn.softplus(-4 * x), 0 * x], axis=1)
+    x = jnp.array([[0.3], [-0.3], [0.0], [1.5], [-1.5]])
+    z = lambda r: 2 - np.logaddexp(0, 4 * r) - np.logaddexp(0, -4 * r)
+    edge = next(r for r in np.linspace(0, 1, 100_001) if z(r) <= 0)
+    curvatures = lipschitz.margin_curvatures(net, x[:1])
+    assert float(curvatures[1, 0]) < 1e-3 < float(curvatures[0, 1])
+    radii, truth = robustness.curvature_radii(net, x, curvatures), np.abs(np.abs(np.asarray(x)[:, 0]) - edge)
+    assert np.all(radii <= truth)
+    np.testing.assert_allclose(radii[3:], truth[3:], rtol=0.1)  # convex from there
+
+
+def test_lipschitz_limits_are_those_of_the_predicted_class():
+    net = lambda x: x @ jnp.array([[1.0, -1.0]])
+    limits = jnp.array([[0.0, 2.0], [8.0, 0.0]])
+    radii = robustness.lipschitz_radii(net, jnp.array([[1.0], [-1.0]]), limits)
+    np.testing.assert_allclose(radii, [1, 0.25], rtol=1e-4)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_every_class_counts(turn):
+    order = np.roll([0, 1, 2], turn)
+    net = lambda x: jnp.stack([x[:, 0], 0.9 * x[:, 0], -20 * x[:, 1]], axis=1)[:, order]
+    x = jnp.array([[1.0, 0.1]])
+    assert float(robustness.lipschitz_radii(net, x, lipschitz.margins(net, x))[0]) <= 3 / np.hypot(1, 20)
+    assert robustness.curvature_radii(net, x, jnp.zeros((3, 3)))[0] <= 3 / np.hypot(1, 20)
+
+
+def test_margins_below_their_rounding_are_not_certified():
+    net = lambda x: jnp.concatenate([1e4 + x, 1e4 + 0 * x], axis=1)
+    x = jnp.array([[0.004]])
+    assert float(robustness.lipschitz_radii(net, x, 1.0)[0]) == 0
+    assert robustness.curvature_radii(net, x, 0.0)[0] == 0
+
+
+def test_gradients_that_cancel_certify_no_more():
+    net = lambda x: jnp.stack([1e8 * x[:, 0] + (x[:, 0] + 1), 1e8 * x[:, 0]], 1)
+    assert robustness.curvature_radii(net, jnp.zeros((1, 2)), 0.0)[0] <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-19, 1e-23])
+def test_small_logits(scale):
+    net = lambda x: jnp.stack([scale * (x[:, 0] + x[:, 1]), 0 * x[:, 0]], 1)
+    assert robustness.curvature_radii(net, jnp.ones((1, 2)), 0.0)[0] <= 2**0.5
+
+
+def test_a_network_that_changes_is_compiled_again():
+    class Net:
+        a, b = 0.1, 1.0
+
+        def __call__(self, x):
+            return jax.nn.softplus(4 * x) * jnp.array([[self.a, 0.0]]) + jnp.array([[self.b, 0.0]])
+
+    net, x = Net(), jnp.ones((1, 1))
+    robustness.curvature_radii(net, x, lipschitz.margin_curvatures(net, x))
+    net.a, net.b = -0.3, 1.4
+    assert robustness.curvature_radii(net, x, lipschitz.margin_curvatures(net, x))[0] <= 0.1652
+
+
+def test_an_empty_batch_has_no_radii():
+    assert robustness.curvature_radii(linear, jnp.ones((0, 2)), 0.0).shape == (0,)

@@ -47,9 +47,13 @@ class Span(NamedTuple):
 
 
 def _widen(low: Array, high: Array, relative: float) -> Span:
-    """An interval with rounding errors that are relative to its larger end."""
-    size = jnp.maximum(jnp.abs(low), jnp.abs(high)) * relative
+    """An interval with rounding errors that are relative to its larger end, or a float that vanished."""
+    size = jnp.maximum(jnp.abs(low), jnp.abs(high)) * relative + float(jnp.finfo(low.dtype).tiny)
     return Span(low - size, high + size)
+
+
+def _size(span: Span) -> Array:
+    return jnp.maximum(jnp.abs(span.low), jnp.abs(span.high))
 
 
 def _times(span: Span, low: float, high: float) -> Span:
@@ -80,9 +84,8 @@ def _back(node: Node, span: Span) -> list[Span]:
         low = transposed(positive, span.low) + transposed(negative, span.high)
         high = transposed(positive, span.high) + transposed(negative, span.low)
         terms = 2 * kernel.size // max(1, min(kernel.shape[-2], kernel.size)) + 4
-        size = transposed(jnp.abs(kernel), jnp.maximum(jnp.abs(span.low), jnp.abs(span.high)))
-        error = size * (1.01 * gamma(terms, dtype))
-        return [Span(low - error, high + error)]
+        error = transposed(jnp.abs(kernel), _size(span)) * (1.01 * gamma(terms, dtype))
+        return [_widen(low - error, high + error, 2 * unit_roundoff(dtype))]
     if isinstance(node, Sum):
         other = span if node.sign > 0 else Span(-span.high, -span.low)
         return [span, other]
@@ -100,9 +103,10 @@ def _back(node: Node, span: Span) -> list[Span]:
         (signal,) = node.inputs
         like = jax.ShapeDtypeStruct(signal.shape, dtype)
         transpose = jax.linear_transpose(node.apply, like)
-        low, high = (transpose(end.reshape(node.shape))[0] for end in span)
+        low, high, size = (transpose(end.reshape(node.shape))[0] for end in (*span, _size(span)))
         # Its coefficients are all positive or 0; as many are added as it has outputs, at most.
-        return [_widen(low, high, 1.01 * gamma(64 + max(1, low.size // max(1, span.low.size)), dtype))]
+        error = size * (1.01 * gamma(64 + span.low.size, dtype))
+        return [_widen(low - error, high + error, 2 * unit_roundoff(dtype))]
     raise _Unknown
 
 
@@ -170,9 +174,13 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
         else:
             places = signal.index.ravel()
             keep = places >= 0
-            ends = [jnp.zeros(size, dtype).at[places[keep]].add(end.ravel()[keep]) for end in span]
-            low_end, high_end = (end.reshape(node.shape) for end in ends)
-            added = _widen(low_end, high_end, 4 * multiplicity(signal.index) * unit_roundoff(dtype))
+
+            def scatter(values: Array) -> Array:
+                return jnp.zeros(size, dtype).at[places[keep]].add(values.ravel()[keep]).reshape(node.shape)
+
+            # Relative to what was added up, which may cancel.
+            error = scatter(_size(span)) * (1.01 * gamma(multiplicity(signal.index) + 4, dtype))
+            added = _widen(scatter(span.low) - error, scatter(span.high) + error, 2 * unit_roundoff(dtype))
         if id(node) in spans:
             old = spans[id(node)]
             added = _widen(old.low + added.low, old.high + added.high, 4 * unit_roundoff(dtype))

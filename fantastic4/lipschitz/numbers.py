@@ -79,7 +79,10 @@ class Numbers:
         """A product, rounded up."""
         first, *rest = [self.up(f) if isinstance(f, float | int) else f for f in factors]
         for factor in rest:
-            first = round_up(first * factor, 2)
+            product = round_up(first * factor, 2)
+            # What vanished below the smallest float has not become 0.
+            vanished = (first > 0) & (factor > 0) & (product < jnp.finfo(self.dtype).tiny)
+            first = jnp.where(vanished, 2 * jnp.finfo(self.dtype).tiny, product)
         return first
 
     def sum(self, terms: Sequence[Array]) -> Array:
