@@ -27,8 +27,8 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
                                 "constant on the whole space")  # fmt: skip
     signal, matrix = operands if left_first else operands[::-1]
     matrix = jnp.asarray(matrix)
-    own, shared = (1, 1) if left_first else (0, 0)
-    contracted, batched = contract[own], batch[shared]
+    own = int(left_first)
+    contracted, batched = contract[own], batch[own]
     free = tuple(a for a in range(matrix.ndim) if a not in (*contracted, *batched))
     shape = out_shape(eqn)
     sizes = [matrix.shape[a] for a in free]
@@ -38,9 +38,9 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     together = together.astype(jnp.promote_types(together.dtype, jnp.float32))
     count = len(shape) - len(batched) - len(sizes)  # free axes of the signal
     start = len(batched) + (count if left_first else 0)
-    inputs = signal.shape
-    # Operands of one signal whose contracted axes are the last, for the composition of matrices.
-    last = tuple(range(len(inputs) - len(contract[1 - own]), len(inputs)))
+    # Two matrices in a row: the last axes of the first one's outputs are what the second contracts.
+    rank = len(signal.shape)
+    last = tuple(range(rank - len(contract[1 - own]), rank))
 
     def apply(kernel: Any, x: Any) -> Any:
         back = kernel.reshape([matrix.shape[a] for a in (*batched, *contracted, *free)])
@@ -48,10 +48,8 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         left, right = (x, back) if left_first else (back, x)
         return lax.dot_general(left, right, eqn.params["dimension_numbers"], precision=lax.Precision.HIGHEST)
 
-    node = Linear(
-        walk.label(eqn, "dense"), shape, (signal,), kernel=together, apply=apply,
-        features=tuple(range(start, start + len(sizes))),
-    )  # fmt: skip
+    features = tuple(range(start, start + len(sizes)))
+    node = Linear(walk.label(eqn, "dense"), shape, (signal,), kernel=together, features=features, apply=apply)
     before = signal.node
     if (
         isinstance(before, Linear)
@@ -105,7 +103,5 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 
     shape = out_shape(eqn)
     label = walk.label(eqn, "conv")
-    return whole(
-        Linear(label, shape, (source,), kernel=arranged, spec=spec, features=(numbers.out_spec[1],),
-               apply=apply)
-    )  # fmt: skip
+    features = (numbers.out_spec[1],)
+    return whole(Linear(label, shape, (source,), kernel=arranged, spec=spec, features=features, apply=apply))
