@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 UNARY = ("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
 BINARY = ("add", "sub", "mul", "div", "max", "min")
@@ -70,12 +71,12 @@ def layers(expr: Expr) -> list[tuple[Expr, Expr]]:
     return found
 
 
-def affine(expr: Expr) -> tuple[float, float] | None:
-    """(a, b) of a x + b, in floats; None for what is not of that form."""
+def affine(expr: Expr) -> tuple[Fraction, Fraction] | None:
+    """(a, b) of a x + b, exactly: floats may cancel; None for what is not of that form."""
     if expr.op == "x":
-        return 1.0, 0.0
+        return Fraction(1), Fraction(0)
     if expr.op == "const":
-        return 0.0, expr.number
+        return Fraction(0), Fraction(expr.number)
     args = [affine(arg) for arg in expr.args]
     if any(arg is None for arg in args):
         return None
@@ -85,7 +86,7 @@ def affine(expr: Expr) -> tuple[float, float] | None:
     if expr.op in ("add", "sub"):
         s = 1 if expr.op == "add" else -1
         return known[0][0] + s * known[1][0], known[0][1] + s * known[1][1]
-    if expr.op == "mul" and 0.0 in (known[0][0], known[1][0]):
+    if expr.op == "mul" and 0 in (known[0][0], known[1][0]):
         (a, b), (_, c) = known if known[1][0] == 0 else known[::-1]
         return a * c, b * c
     if expr.op == "div" and known[1][0] == 0 and known[1][1]:
@@ -93,7 +94,7 @@ def affine(expr: Expr) -> tuple[float, float] | None:
     return None
 
 
-def slopes(expr: Expr) -> frozenset[float] | None:
+def slopes(expr: Expr) -> frozenset[Fraction] | None:
     """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
     straight = affine(expr)
     if straight is not None:
@@ -134,7 +135,7 @@ def kinks(expr: Expr) -> set[float]:
     if expr.op in sides:
         left, right = map(affine, sides[expr.op])
         if left is not None and right is not None and left[0] != right[0]:
-            found.add((right[1] - left[1]) / (left[0] - right[0]))
+            found.add(float((right[1] - left[1]) / (left[0] - right[0])))
     return found
 
 

@@ -22,6 +22,7 @@ from fantastic4.bounds import METHODS, bound
 from fantastic4.entry import choice, count, number, optional, same_kind
 from fantastic4.kernels import Dense, Layer, Select, Spec, Stacked, find, leaves_at, replace, some
 from fantastic4.linalg import each
+from fantastic4.tables import columns
 
 __all__ = [
     "Dense", "Layer", "NetworkState", "Report", "Row", "Select", "Spec", "Stacked",
@@ -269,8 +270,7 @@ class Report:
         table = [("layer", "shape", "norm at most")]
         table += [(row.name, "×".join(map(str, row.shape)), f"{row.bound:.4g}") for row in self.rows]
         table += [("product", "", f"{self.product:.4g}")]
-        wide = [max(len(line[i]) for line in table) for i in range(3)]
-        return "\n".join(f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in table)
+        return columns(table, left=2)
 
 
 def report(

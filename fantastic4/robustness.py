@@ -100,17 +100,14 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
     gap = jnp.maximum(own - logits - lost, 0)
     other = jnp.arange(logits.shape[1]) != predicted[:, None]
     radii = jnp.where(gap > 0, gap / limits[predicted] * (1 - slack), 0)
-    return _finish(jnp.min(jnp.where(other, radii, jnp.inf), axis=1), logits)
-
-
-def _finish(radii: Array, logits: Array) -> Array:
-    """0 for what is not a number: it certifies nothing."""
-    sound = jnp.all(jnp.isfinite(logits), axis=1) & ~jnp.isnan(radii)
-    return jnp.where(sound, radii, 0)
+    nearest = jnp.min(jnp.where(other, radii, jnp.inf), axis=1)
+    # Asked of every class: on a CPU, a minimum over thousands may drop a NaN.
+    sound = jnp.all(jnp.isfinite(logits), axis=1) & ~jnp.any(jnp.isnan(radii), axis=1)
+    return jnp.where(sound, nearest, 0)
 
 
 class _Pair(NamedTuple):
-    """An example with the classes of a margin, its curvatures, and the size of the gradients of both logits."""
+    """An example with the classes of a margin, its curvatures, the size of the logits' gradients, and the slack."""
 
     x: Array
     own: Array
@@ -118,6 +115,7 @@ class _Pair(NamedTuple):
     below: Array
     above: Array
     steep: Array
+    slack: Array
 
 
 def _margin(fn: Logits, pair: _Pair) -> Callable[[Array], tuple[Array, Array]]:
@@ -136,8 +134,7 @@ def _dual(value: Array, size: Array, gradient: Array, x: Array, eta: Array, pair
     slope = moved + eta * gradient.ravel()
     half, squares = jnp.sum(moved * moved), jnp.sum(slope * slope)
     convex = 1 - eta * pair.below
-    fell = squares / convex
-    slack = _slack(x.dtype)
+    fell, slack = squares / convex, pair.slack
     steep = eta * jnp.maximum(pair.steep, jnp.sqrt(jnp.sum(gradient * gradient)))
     noise = half + steep * steep
     lost = half + 2 * eta * size + fell + (2 * jnp.sqrt(squares * noise) + slack * noise) / convex
@@ -175,7 +172,7 @@ def _search(fn: Logits, steps: int, inner: int, pair: _Pair) -> Array:
     start = jnp.zeros((), pair.x.dtype)
     high = jnp.where(pair.below > 0, (1 - 1e-4) / jnp.where(pair.below > 0, pair.below, 1), jnp.inf)
     *_, best = lax.fori_loop(0, steps, outer, (start, high, pair.x, start))
-    return jnp.sqrt(jnp.maximum(best, 0)) * (1 - _slack(pair.x.dtype))
+    return jnp.sqrt(jnp.maximum(best, 0)) * (1 - pair.slack)
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "steps", "inner"))
@@ -268,6 +265,7 @@ def curvature_radii(
     pieces = [_taylor(fn, x[start : start + _BATCH], below) for start in range(0, len(x), _BATCH)]
     radii, logits, steep = (np.concatenate([np.asarray(p[i], np.float64) for p in pieces]) for i in range(3))
     predicted = np.argmax(logits, axis=1)
+    slack = _slack(x.dtype, pieces[0][1].dtype)
     searched = ~np.isfinite(radii) | (radii <= 0)
     done = 0
     while True:
@@ -287,7 +285,9 @@ def curvature_radii(
             filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
             own, other = jnp.asarray(predicted[filled]), jnp.asarray(worst[filled])
             sizes = jnp.asarray(steep[filled, worst[filled]], x.dtype)
-            pairs = _Pair(x[filled], own, other, below[own, other], below[other, own], sizes)
+            pairs = _Pair(
+                x[filled], own, other, below[own, other], below[other, own], sizes, jnp.full_like(sizes, slack)
+            )
             found = np.asarray(_searches(fn, pairs, steps, inner), np.float64)[: len(rows)]
             radii[rows, worst[rows]] = np.fmax(radii[rows, worst[rows]], found)
             searched[rows, worst[rows]] = True

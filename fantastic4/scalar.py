@@ -35,7 +35,7 @@ def _check_continuous(expr: Expr) -> None:
         (p, q), (r, s) = one_side, other_side
         if p == r:
             continue
-        at = (s - q) / (p - r)
+        at = float((s - q) / (p - r))
         here = Interval(*(np.array(math.nextafter(at, end)) for end in (-math.inf, math.inf)))  # it is rounded
         one, other = jet(left, here).value, jet(right, here).value
         if not (one.lo <= other.hi and other.lo <= one.hi):

@@ -112,7 +112,8 @@ def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
     """
     batch, taps, m, channels = product.shape
     rows = taps * m
-    if rows > _ROWS:
+    # Products of all rows are many for depthwise kernels, which have more taps than channels.
+    if rows > _ROWS or (batch > 1 and rows > channels):
         summed = jnp.einsum("mst,btmc->bsmc", side.same, product, precision=HIGHEST)
         return summed, jnp.einsum("btmc,btmc->bm", summed, summed, precision=HIGHEST) / side.readers
     # One matrix for all unfoldings, and norms from a product of matrices: of few rows neither costs anything, and XLA

@@ -18,7 +18,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"rounding", "linalg", "entry", "devices", "expression"},
+    {"rounding", "linalg", "entry", "devices", "expression", "tables"},
     {"conv", "dense", "symbol", "jets"},
     {"border", "unfolding", "gram", "supremum", "tails"},
     {"jacobian", "spectrum", "frequency", "scalar"},

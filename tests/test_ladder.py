@@ -267,3 +267,18 @@ def test_products_in_bounds_have_full_precision():
         dots = program.count("dot_general[") + program.count("conv_general_dilated[")
         assert dots > 0
         assert program.count("Precision.HIGHEST") >= 2 * dots, method
+
+
+def test_a_step_of_a_depthwise_kernel_stays_near_its_size():
+    kernel, spec = jnp.ones((7, 7, 1, 64)), f4.ConvSpec(groups=64)
+    state = jax.eval_shape(lambda k: ladder.init(k, spec, key=jax.random.key(0), method="four"), kernel)
+
+    def sizes(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (v.aval.size for v in eqn.outvars)
+            for p in eqn.params.values():
+                inner = getattr(p, "jaxpr", p)
+                yield from sizes(inner) if hasattr(inner, "eqns") else ()
+
+    jaxpr = jax.make_jaxpr(lambda k, s: ladder.step(k, s, spec))(kernel, state).jaxpr
+    assert max(sizes(jaxpr)) <= 8 * kernel.size

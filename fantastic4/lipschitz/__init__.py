@@ -7,9 +7,8 @@ with ‖f(x) - f(y)‖₂ ≤ L ‖x - y‖₂ for all x and y, and the path tha
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,17 +18,17 @@ from jax import Array, lax
 
 from fantastic4.bounds import METHODS
 from fantastic4.entry import choice
-from fantastic4.interval import norm_interval
 from fantastic4.lipschitz import calls, choices, linear, moves, scalars, windows  # noqa: F401 (they fill the table)
-from fantastic4.lipschitz.graph import Label, UnboundedError, reachable, whole
+from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.hessian import try_hessian as hessian
 from fantastic4.lipschitz.nodes import Joint, Linear
-from fantastic4.lipschitz.numbers import Numbers, slope
-from fantastic4.lipschitz.order import first_order, second_order
+from fantastic4.lipschitz.numbers import ByName, slope
+from fantastic4.lipschitz.order import Step, first_order, second_order
 from fantastic4.lipschitz.register import register_rule
 from fantastic4.lipschitz.trace import Traced, trace
 from fantastic4.lipschitz.training import LipschitzState, init, step
 from fantastic4.rounding import round_up
+from fantastic4.tables import columns
 
 __all__ = [
     "Bound", "Curvature", "LipschitzState", "Method", "Row", "UnboundedError", "bound",
@@ -77,35 +76,22 @@ class Bound:
             name = row.label.name or row.label.source
             table.append((row.label.operation, name, shape, f"{float(row.factor):.4g}", f"{float(row.total):.4g}"))
         table.append(("Lipschitz at most", "", "", "", f"{float(self.value):.4g}"))
-        wide = [max(len(line[i]) for line in table) for i in range(5)]
-        left = "\n".join(
-            f"{o:<{wide[0]}}  {n:<{wide[1]}}  {s:<{wide[2]}}  {f:>{wide[3]}}  {t:>{wide[4]}}" for o, n, s, f, t in table
-        )
-        return left
+        return columns(table, left=3)
 
 
-def _numbers(traced: Traced, method: Method) -> Numbers:
-    """The user's ``method``, checked, as a function of a layer's name and kernel."""
-    known = (*METHODS, "interval")
+def _numbers(traced: Traced, method: Method) -> ByName:
+    """The user's ``method``, checked."""
     globs = {"*": method} if isinstance(method, str) else dict(method)
-    chosen = {glob: choice(*known)("method", word) for glob, word in globs.items()}
+    check = choice(*METHODS, "interval")
+    return ByName(traced.dtype, {glob: check("method", word) for glob, word in globs.items()})
 
-    def of(name: str) -> str:
-        found = "four"
-        for glob, word in chosen.items():
-            if fnmatch.fnmatchcase(name, glob):
-                found = word
-        return found
 
-    def interval(kernel: Array, spec: Any) -> Array:
-        if isinstance(kernel, jax.core.Tracer):
-            raise ValueError(
-                "method 'interval' works on numbers, not inside jit or grad: call lipschitz.bound outside, "
-                "or take method 'grid'"
-            )
-        return jnp.asarray(norm_interval(kernel, spec).upper, kernel.dtype)
-
-    return Numbers(traced.dtype, of, interval)
+def _first(outputs: Sequence[Signal], how: ByName) -> tuple[list[Node], list[Step], list[Array]]:
+    """The nodes behind outputs in order, the steps, and the outputs' constants."""
+    nodes = reachable(outputs)
+    steps, totals = first_order(nodes, outputs, how)
+    how.check()
+    return nodes, steps, totals
 
 
 def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
@@ -134,7 +120,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     Raises:
       UnboundedError: an operation without a Lipschitz constant on the whole space, or without one that is known; it
         names the operation, its line in the user's code, and what can be done.
-      ValueError: an input that is not of real floating arrays, an unknown method.
+      ValueError: an input that is not of real floating arrays, an unknown method, a glob that no layer fits.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +135,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     if len(outputs) > 1:  # entries of one node count once
         size = sum(math.prod(o.shape) for o in outputs)
         outputs = (whole(Joint(Label("outputs"), (size,), outputs)),)
-    steps, totals = first_order(reachable(outputs), outputs, how)
+    _, steps, totals = _first(outputs, how)
     value = totals[0] if totals else jnp.zeros((), traced.dtype)
     return Bound(value, tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
 
@@ -182,7 +168,7 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
         raise ValueError("margins are of one array of logits: let fn return (…, classes)")
     (logits,) = traced.outputs
     how = _numbers(traced, method)
-    _, (total,) = first_order(reachable(traced.outputs), traced.outputs, how)
+    _, _, (total,) = _first(traced.outputs, how)
     classes = logits.shape[-1]
     apart = ~jnp.eye(classes, dtype=bool)
     plain = jnp.where(apart, how.times(2**0.5 * (1 + 1e-15), total), 0)
@@ -194,8 +180,7 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
 
     def from_one(column: Array) -> Array:
         squares = jnp.sum((columns - column) ** 2, axis=1)
-        safe = jnp.where(squares > 0, squares, 1)
-        return jnp.where(squares > 0, jnp.sqrt(safe), 0)
+        return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
     # Differences are right to one rounding; sums of squares as long as a column.
     distances = round_up(lax.map(from_one, columns), columns.shape[1] + 8)
@@ -250,8 +235,7 @@ def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Cur
     """
     traced = trace(fn, x)
     how = _numbers(traced, method)
-    nodes = reachable(traced.outputs)
-    first_order(nodes, traced.outputs, how)
+    nodes, _, _ = _first(traced.outputs, how)
     seconds = second_order(nodes, traced.outputs, how)
     zero = jnp.zeros((), traced.dtype)
     composed = how.root_sum_squares(seconds) if seconds else zero
@@ -292,8 +276,7 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
     (logits,) = traced.outputs
     classes = logits.shape[-1]
     how = _numbers(traced, method)
-    nodes = reachable(traced.outputs)
-    first_order(nodes, traced.outputs, how)
+    nodes, _, _ = _first(traced.outputs, how)
     (second,) = second_order(nodes, traced.outputs, how)
     composed = how.times(2**0.5 * (1 + 1e-15), second)
     first, last = np.triu_indices(classes, 1)

@@ -15,7 +15,7 @@ from fantastic4.expression import X
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import concatenate, moved
 from fantastic4.lipschitz.nodes import Either
-from fantastic4.lipschitz.trace import Refused, Walk, is_constant, is_known, rule, shape_and_dtype
+from fantastic4.lipschitz.trace import Comparison, Refused, Walk, is_constant, is_known, rule, shape_and_dtype
 
 _LONGEST = 100_000  # iterations of a while loop
 
@@ -64,15 +64,26 @@ def _entry(value: Any, i: int) -> Any:
     """``value[i]``."""
     if isinstance(value, Refused):
         return value
+    if isinstance(value, Comparison):
+        return _COMPARED
     if isinstance(value, Signal):
         return moved(value, value.places[i])
     return value[i]
 
 
+_COMPARED = Refused("a loop or a branch carries a comparison, and a choice by that may jump")
+
+
+def _refused(members: Sequence[Any]) -> Refused | None:
+    """The first of several results that nothing may depend on."""
+    found = [_COMPARED if isinstance(m, Comparison) else m for m in members]
+    return next((m for m in found if isinstance(m, Refused)), None)
+
+
 def _stack(members: Sequence[Any], label: Label) -> Any:
-    refused = [m for m in members if isinstance(m, Refused)]
-    if refused:
-        return refused[0]
+    refused = _refused(members)
+    if refused is not None:
+        return refused
     if all(map(is_constant, members)):
         return jnp.stack(members)
     rows = [moved(m, m.places[None]) if isinstance(m, Signal) else jnp.asarray(m)[None] for m in members]
@@ -94,10 +105,10 @@ def _cond(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         every = [walk.closed(branch, arguments) for branch in branches]
     results: list[Any] = []
     for members in zip(*every, strict=True):
-        refused = [m for m in members if isinstance(m, Refused)]
+        refused = _refused(members)
         signals = tuple(m for m in members if isinstance(m, Signal))
-        if refused:
-            results.append(refused[0])
+        if refused is not None:
+            results.append(refused)
         elif signals:
             results.append(whole(Either(walk.label(eqn), signals[0].shape, signals)))
         else:

@@ -27,9 +27,9 @@ from jax import Array, lax
 
 from fantastic4 import dense
 from fantastic4.expression import Expr, affine
-from fantastic4.lipschitz.graph import Node, Signal, UnboundedError, multiplicity
+from fantastic4.lipschitz.graph import Node, Signal, multiplicity
 from fantastic4.lipschitz.nodes import Fixed, Input, Joint, Linear, Scaled, Sum
-from fantastic4.lipschitz.numbers import Numbers
+from fantastic4.lipschitz.numbers import SMOOTH, Numbers, of_one_number
 from fantastic4.rounding import gamma, round_up, unit_roundoff
 from fantastic4.scalar import extremes
 
@@ -83,7 +83,7 @@ def _back(node: Node, span: Span) -> list[Span]:
         positive, negative = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
         low = transposed(positive, span.low) + transposed(negative, span.high)
         high = transposed(positive, span.high) + transposed(negative, span.low)
-        terms = 2 * kernel.size // max(1, min(kernel.shape[-2], kernel.size)) + 4
+        terms = 2 * kernel.size // max(1, kernel.shape[-2]) + 4
         error = transposed(jnp.abs(kernel), _size(span)) * (1.01 * gamma(terms, dtype))
         return [_widen(low - error, high + error, 2 * unit_roundoff(dtype))]
     if isinstance(node, Sum):
@@ -113,8 +113,11 @@ def _back(node: Node, span: Span) -> list[Span]:
 _ENTRIES = 2**23  # of a matrix that is written out
 
 
-def _first_matrix(signal: Signal) -> Array | None:
-    """The matrix ``(inputs, entries)`` from the input to a signal, where that is one layer and small enough."""
+def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
+    """The matrix ``(inputs, entries)`` from the input to a signal, where that is one layer and small enough.
+
+    With what its norm has lost.
+    """
     node = signal.node
     if not isinstance(node, Linear) or signal.index is not None or node.apply is None:
         return None
@@ -123,25 +126,26 @@ def _first_matrix(signal: Signal) -> Array | None:
     if not isinstance(source.node, Input) or not source.is_shifted or n_in * n_out > _ENTRIES:
         return None
     if node.spec is None and len(node.kernel) == 1 and node.kernel.shape[1:] == (n_in, n_out):
-        return node.kernel[0]
+        return node.kernel[0], node.lost
     apply, kernel = node.apply, node.kernel
     basis = jnp.eye(n_in, dtype=kernel.dtype).reshape(n_in, *source.shape)
-    return lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out)
+    return lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out), node.lost
 
 
 def _quadratic(signal: Signal, weights: Array, how: Numbers) -> Array:
     """‖diag(√weights) J‖² for the Jacobian J of a signal's entries, from above."""
-    matrix = _first_matrix(signal)
-    if matrix is not None:
-        root = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0).ravel()
+    first = _first_matrix(signal)
+    if first is not None:
+        matrix, lost = first
+        root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights))).ravel()
         scaled = matrix.astype(how.dtype) * root
         size = dense.frobenius_bound(lax.stop_gradient(scaled))
         norm = round_up(dense.bound(scaled) + 8 * unit_roundoff(how.dtype) * size, 4)
-        lost = getattr(signal.node, "lost", 0.0)
         if not isinstance(lost, float):
             norm = round_up(norm + jnp.max(root) * lost, 4)
         return round_up(norm * norm, 2)
-    largest = jnp.max(weights, initial=0)
+    # Asked of every weight: on a CPU, a maximum over thousands may drop a NaN.
+    largest = jnp.where(jnp.any(jnp.isnan(weights)), jnp.nan, jnp.max(weights, initial=0))
     return how.times(largest, float(multiplicity(signal.index)), how.of(signal.node), how.of(signal.node))
 
 
@@ -157,16 +161,15 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
 
     def arrive(signal: Signal, span: Span) -> None:
         nonlocal below, above
-        if affine(signal.expr) is None:
-            (low, high), (bent_low, bent_high) = _extremes(signal)
+        straight = affine(signal.expr)
+        if straight is None:
+            (low, high), (bent_low, bent_high) = of_one_number(signal, _both, "curvature", SMOOTH)
             bent = _times(span, bent_low, bent_high)
             below = round_up(below + _quadratic(signal, jnp.maximum(-bent.low, 0), how), 2)
             above = round_up(above + _quadratic(signal, jnp.maximum(bent.high, 0), how), 2)
             span = _times(span, low, high)
-        else:
-            straight = affine(signal.expr)
-            assert straight is not None
-            span = span if straight[0] == 1 else _times(span, straight[0], straight[0])
+        elif straight[0] != 1:
+            span = _times(span, float(straight[0]), float(straight[0]))
         node = signal.node
         size = int(np.prod(node.shape))
         if signal.index is None:
@@ -198,16 +201,6 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
 @functools.lru_cache(maxsize=512)
 def _both(expr: Expr) -> tuple[tuple[float, float], tuple[float, float]]:
     return extremes(expr, 1), extremes(expr, 2)
-
-
-def _extremes(signal: Signal) -> tuple[tuple[float, float], tuple[float, float]]:
-    try:
-        return _both(signal.expr)
-    except ValueError as error:
-        raise UnboundedError(
-            f"{signal.label} makes a function of one number without a finite curvature: {error}. "
-            "Use a smooth activation: softplus, tanh, sigmoid, gelu, silu"
-        ) from None
 
 
 def try_hessian(nodes: Sequence[Node], output: Signal, seed: Any, how: Numbers) -> tuple[Array, Array] | None:

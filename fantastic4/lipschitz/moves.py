@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
@@ -22,20 +21,15 @@ def moved(signal: Signal, places: np.ndarray) -> Signal:
     return dataclasses.replace(signal, shape=places.shape, index=places)
 
 
-@rule("reshape")
+def reshaped(signal: Signal, shape: Sequence[int]) -> Signal:
+    """A signal of the same entries in the same order, in another shape."""
+    index = None if signal.index is None else signal.index.reshape(shape)
+    return dataclasses.replace(signal, shape=tuple(shape), index=index)
+
+
+@rule("reshape", "squeeze", "expand_dims")
 def _reshape(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
-    (signal,) = operands
-    shape = eqn.params["new_sizes"]
-    return dataclasses.replace(
-        signal, shape=tuple(shape), index=None if signal.index is None else signal.index.reshape(shape)
-    )
-
-
-@rule("squeeze", "expand_dims")
-def _squeeze(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
-    shape = out_shape(eqn)
-    (signal,) = operands
-    return dataclasses.replace(signal, shape=shape, index=None if signal.index is None else signal.index.reshape(shape))
+    return reshaped(operands[0], out_shape(eqn))
 
 
 @rule("transpose")
@@ -66,9 +60,7 @@ def _split(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Signal]:
 def _broadcast(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
     signal, shape = operands[0], eqn.params["shape"]
     if math.prod(shape) == math.prod(signal.shape):
-        return dataclasses.replace(
-            signal, shape=tuple(shape), index=None if signal.index is None else signal.index.reshape(shape)
-        )
+        return reshaped(signal, shape)
     spread = [1] * len(shape)
     for axis, place in enumerate(eqn.params["broadcast_dimensions"]):
         spread[place] = signal.shape[axis]
@@ -152,14 +144,14 @@ def _gather(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if not isinstance(signal, Signal) or not all(map(is_known, where)):
         return walk.refuse(eqn, "looks entries up at places that are not known while tracing: use fixed ones")
     params = {k: -1 if k == "fill_value" else v for k, v in eqn.params.items()}
-    with jax.ensure_compile_time_eval():
-        (places,) = evaluate(eqn.replace(params=params), [jnp.asarray(signal.places, jnp.int32), *where])
-    places = np.asarray(places, np.int64)
-    filled = places == -1
+    # Of positions, not of the places: those of constants may be any numbers.
+    positions = np.arange(signal.places.size, dtype=np.int32).reshape(signal.shape)
+    found = np.asarray(evaluate(eqn.replace(params=params), [positions, *where])[0])
+    filled = found == -1
     if np.any(filled):
         signal = settled(signal)
-        places = np.where(filled, unknown(places.shape, alike=True), places)
-    return moved(signal, places)
+    places = signal.places.ravel()[np.where(filled, 0, found)]
+    return moved(signal, np.where(filled, unknown(found.shape, alike=True), places))
 
 
 @rule("dynamic_update_slice")

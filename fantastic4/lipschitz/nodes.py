@@ -16,6 +16,7 @@ from fantastic4 import dense
 from fantastic4.bounds import bound
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.expression import X
+from fantastic4.interval import norm_interval
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
 from fantastic4.lipschitz.numbers import Numbers, slope
 from fantastic4.rounding import constant_up, gamma, round_up, unit_roundoff
@@ -179,7 +180,7 @@ class Linear(Node):
     lost: Array | float = 0.0
     apply: Callable[[Array, Array], Array] | None = None
 
-    def norm(self, how: Numbers) -> Array:
+    def norm(self, method: str) -> Array:
         """An upper bound of its norm."""
         if self.kernel.size == 0:
             found = jnp.zeros((), self.kernel.dtype)
@@ -188,12 +189,15 @@ class Linear(Node):
             found = dense.bound(matrices[0]) if len(matrices) == 1 else jnp.max(jax.vmap(dense.bound)(matrices))
             if len(matrices) > 1:  # a maximum over thousands may drop a NaN
                 found = jnp.where(jnp.any(jnp.isnan(matrices)), jnp.nan, found)
+        elif method == "interval":
+            if isinstance(self.kernel, jax.core.Tracer):
+                raise ValueError(
+                    "method 'interval' works on numbers, not inside jit or grad: call lipschitz.bound outside, "
+                    "or take method 'grid'"
+                )
+            found = jnp.asarray(norm_interval(self.kernel, self.spec).upper, self.kernel.dtype)
         else:
-            method = how.method(self.label.name)
-            if method == "interval":
-                found = how.interval(self.kernel, self.spec)
-            else:
-                found = bound(self.kernel, self.spec, method=method)
+            found = bound(self.kernel, self.spec, method=method)
         return found if isinstance(self.lost, float) else round_up(found + self.lost, 2)
 
     @property

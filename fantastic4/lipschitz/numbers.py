@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from fantastic4.conv import ConvSpec
-from fantastic4.expression import affine, slopes
+from fantastic4.expression import Expr, affine, slopes
+from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import round_up
 from fantastic4.scalar import most_bent, steepest
+
+T = TypeVar("T")
 
 
 class HasNorm(Protocol):
@@ -25,7 +29,7 @@ class HasNorm(Protocol):
     spec: ConvSpec | None
     label: Label
 
-    def norm(self, how: Numbers) -> Array:
+    def norm(self, method: str) -> Array:
         """An upper bound of its norm."""
         ...
 
@@ -35,29 +39,33 @@ class Numbers:
 
     Attributes:
       dtype: of the constants.
-      method: the method for a layer's name.
-      interval: the method that works on numbers alone, of a kernel and its spec.
+      constants: of the nodes, by their identity.
     """
 
-    def __init__(self, dtype: Any, method: Callable[[str], str], interval: Callable[[Array, ConvSpec], Array]):
+    def __init__(self, dtype: Any):
         self.dtype = dtype
-        self.method = method
-        self.interval = interval
         self.constants: dict[int, Array] = {}
-        self._norms: dict[Any, Array] = {}
-        self._kept: list[Any] = []  # an id is of an object that lives
+        self._norms: dict[Any, tuple[Array, Array]] = {}
 
     def of(self, node: Node) -> Array:
         """The Lipschitz constant of a node that has been computed."""
         return self.constants[id(node)]
 
+    def method(self, node: HasNorm) -> str:
+        """The method for a node's norm."""
+        return "four"
+
+    def compute(self, node: HasNorm) -> Array:
+        """A node's norm."""
+        return node.norm(self.method(node))
+
     def norm(self, node: HasNorm) -> Array:
         """Norm of a linear node, computed once for all that share its kernel."""
-        key = id(node.kernel), node.spec, self.method(node.label.name)
+        key = id(node.kernel), node.spec, self.method(node)
         if key not in self._norms:
-            self._kept.append(node.kernel)
-            self._norms[key] = self.narrow(node.norm(self))
-        return self._norms[key]
+            # With the kernel: an identity is of an object that lives.
+            self._norms[key] = self.narrow(self.compute(node)), node.kernel
+        return self._norms[key][0]
 
     def narrow(self, value: Array) -> Array:
         """A number in the type of the constants, not rounded down."""
@@ -67,7 +75,7 @@ class Numbers:
     def up(self, value: float) -> Array:
         """A Python float, not rounded down."""
         kind = np.dtype(self.dtype).type
-        nearest = kind(value)
+        nearest = kind(max(value, float(jnp.finfo(self.dtype).tiny)) if value > 0 else value)
         return jnp.asarray(nearest if float(nearest) >= value else np.nextafter(nearest, kind(np.inf)))
 
     def root(self, signal: Signal) -> float:
@@ -98,32 +106,65 @@ class Numbers:
         ratios = [term / scale for term in terms]
         inside = functools.reduce(lambda a, b: a + b, [r * r for r in ratios])
         # The square root of zero has no derivative.
-        root = jnp.where(inside > 0, jnp.sqrt(jnp.where(inside > 0, inside, 1)), 0)
+        root = jnp.where(inside == 0, 0, jnp.sqrt(jnp.where(inside == 0, 1, inside)))
         return round_up(root * scale, 2 * len(terms) + 12)
+
+
+class ByName(Numbers):
+    """Numbers with a method for each layer, by globs of names; a later one wins.
+
+    Attributes:
+      methods: words by glob.
+    """
+
+    def __init__(self, dtype: Any, methods: Mapping[str, str]):
+        super().__init__(dtype)
+        self.methods = methods
+        self._names: set[str] = set()
+
+    def method(self, node: HasNorm) -> str:
+        """The last that fits."""
+        self._names.add(node.label.name)
+        fitting = [word for glob, word in self.methods.items() if fnmatch.fnmatchcase(node.label.name, glob)]
+        return fitting[-1] if fitting else "four"
+
+    def check(self) -> None:
+        """Refuse a glob that no layer fits."""
+        for glob in self.methods:
+            if glob != "*" and not fnmatch.filter(self._names, glob):
+                raise ValueError(
+                    f"a method for {glob!r}, but no such layer: they are {some(sorted(self._names), glob)}"
+                )
+
+
+def of_one_number(signal: Signal, find: Callable[[Expr], T], what: str, remedy: str) -> T:
+    """What is known of a signal's scalar function, or an error that names where it comes from."""
+    try:
+        return find(signal.expr)
+    except (ValueError, OverflowError) as error:
+        raise UnboundedError(
+            f"{signal.label} makes a function of one number without a finite {what}: {error}. {remedy}"
+        ) from None
+
+
+SMOOTH = "Use a smooth activation: softplus, tanh, sigmoid, gelu, silu"
+
+
+def _slope(expr: Expr) -> float:
+    pieces = slopes(expr)
+    found = math.inf if affine(expr) is not None else steepest(expr)  # which refuses what jumps
+    if pieces is not None:
+        largest = max(map(abs, pieces))
+        found = min(found, float(largest) if largest in (0, 1) else math.nextafter(float(largest), math.inf))
+    return found
 
 
 def slope(signal: Signal) -> float:
     """Lipschitz constant of a signal's scalar function."""
-    straight, pieces = affine(signal.expr), slopes(signal.expr)
-    try:
-        found = math.inf if straight else steepest(signal.expr)  # which refuses what jumps
-        if pieces is not None:
-            largest = max(map(abs, pieces))
-            found = min(found, largest if largest in (0, 1) else largest * (1 + 1e-14))
-        return found
-    except ValueError as error:
-        raise UnboundedError(
-            f"{signal.label} makes a function of one number without a finite slope: {error}. "
-            "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
-        ) from None
+    remedy = "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
+    return of_one_number(signal, _slope, "slope", remedy)
 
 
 def bend(signal: Signal) -> float:
     """Lipschitz constant of the slope of a signal's scalar function."""
-    try:
-        return 0.0 if affine(signal.expr) is not None else most_bent(signal.expr)
-    except ValueError as error:
-        raise UnboundedError(
-            f"{signal.label} makes a function of one number without a finite curvature: {error}. "
-            "Use a smooth activation: softplus, tanh, sigmoid, gelu, silu"
-        ) from None
+    return 0.0 if affine(signal.expr) is not None else of_one_number(signal, most_bent, "curvature", SMOOTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
     if not inner.same_entries(a) or inner.expr != a.expr or not _spread_of(b, a.shape, node.axes):
         return None
     count = int(np.prod([a.shape[x] for x in node.axes]))
-    factor = max(1.0, abs(1 - straight[0] * count) * (1 + 1e-12) + 1e-12)
+    factor = max(1.0, math.nextafter(float(abs(1 - straight[0] * count)), math.inf))
     return whole(Fixed(dataclasses.replace(label, operation="centre"), a.shape, (a,), factor, linear=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.extend import core
 from fantastic4.expression import Expr, affine, const
 from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Label, Signal, whole
-from fantastic4.lipschitz.moves import moved
+from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
 from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, shape_and_dtype, uniform
 
@@ -52,6 +53,11 @@ def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return np.ones(signal.shape, bool)  # of real numbers
 
 
+def _of_one(op: str, a: Signal, b: Signal, label: Label) -> Signal | None:
+    """An operation on two signals as a scalar function of one, where they read the same entries."""
+    return scalar(a, Expr(op, (a.expr, b.expr)), label) if a.same_entries(b) else None
+
+
 def aligned(operands: list[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Signals spread to the shape of the result."""
 
@@ -59,15 +65,14 @@ def aligned(operands: list[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
         if not isinstance(value, Signal) or value.shape == shape:
             return value
         if math.prod(value.shape) == math.prod(shape):
-            index = None if value.index is None else value.index.reshape(shape)
-            return dataclasses.replace(value, shape=shape, index=index)
+            return reshaped(value, shape)
         return moved(value, np.broadcast_to(value.places, shape))
 
     a, b = operands
     return spread(a), spread(b)
 
 
-def _plain_linear(signal: Signal) -> tuple[Linear, float] | None:
+def _plain_linear(signal: Signal) -> tuple[Linear, Fraction] | None:
     """The linear node that a signal is all of, and by what number it is multiplied, whatever is added."""
     straight = affine(signal.expr)
     node = signal.node
@@ -91,7 +96,7 @@ def _times(signal: Signal, by: Any, label: Label) -> Signal:
     by = by.astype(jnp.promote_types(by.dtype, jnp.float32))  # a product of half precision would be rounded
     found = _plain_linear(signal)
     if found is not None and by.ndim == len(signal.shape):
-        scaled = found[0].scaled(by * found[1], label)
+        scaled = found[0].scaled(by * float(found[1]), label)
         if scaled is not None:
             return whole(scaled)
     factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, jnp.max(jnp.abs(by), initial=0))
@@ -105,12 +110,8 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        if a.same_entries(b):
-            return scalar(a, Expr(op, (a.expr, b.expr)), label)
-        if op == "sub":
-            found = patterns.log_softmax(a, b, label) or patterns.centred(a, b, label)
-        else:
-            found = patterns.logsumexp(a, b, label)
+        known = (patterns.log_softmax, patterns.centred) if op == "sub" else (patterns.logsumexp,)
+        found = _of_one(op, a, b, label) or next(filter(None, (pattern(a, b, label) for pattern in known)), None)
         return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1))
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
@@ -127,13 +128,14 @@ def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        if a.same_entries(b):
-            return scalar(a, Expr("mul", (a.expr, b.expr)), label)
-        found = patterns.softmax_product(a, b, label)
-        return found or walk.refuse(
-            eqn,
-            "multiplies two signals that both depend on the input: no Lipschitz constant on the whole space. Attention "
-            "and gates have none: bound both factors, or register a rule",
+        return (
+            _of_one("mul", a, b, label)
+            or patterns.softmax_product(a, b, label)
+            or walk.refuse(
+                eqn,
+                "multiplies two signals that both depend on the input: no Lipschitz constant on the whole space. "
+                "Attention and gates have none: bound both factors, or register a rule",
+            )
         )
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
@@ -147,13 +149,14 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        if a.same_entries(b):
-            return scalar(a, Expr("div", (a.expr, b.expr)), label)
-        found = patterns.softmax(a, b, label)
-        return found or walk.refuse(
-            eqn,
-            "divides by what depends on the input: no Lipschitz constant that is known. Normalisation needs a constant "
-            "under its root: register a rule for it",
+        return (
+            _of_one("div", a, b, label)
+            or patterns.softmax(a, b, label)
+            or walk.refuse(
+                eqn,
+                "divides by what depends on the input: no Lipschitz constant that is known. "
+                "Normalisation needs a constant under its root: register a rule for it",
+            )
         )
     if isinstance(b, Signal):
         number = uniform(a)
@@ -200,9 +203,9 @@ def _clamp(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     low, signal, high = operands
     if not isinstance(signal, Signal) or not is_constant(low) or not is_constant(high):
         return walk.refuse(eqn, "clamps between numbers that depend on the input")
-    ends = uniform(low), uniform(high)
     label = walk.label(eqn)
-    if None in ends or not all(math.isfinite(e) for e in ends if e is not None):
+    least, most = uniform(low), uniform(high)
+    if least is None or most is None or not math.isfinite(least) or not math.isfinite(most):
         return whole(Fixed(label, signal.shape, (signal,)))
-    expr = Expr("max", (signal.expr, const(ends[0] or 0.0)))
-    return scalar(signal, Expr("min", (expr, const(ends[1] or 0.0))), label)
+    expr = Expr("max", (signal.expr, const(least)))
+    return scalar(signal, Expr("min", (expr, const(most))), label)

@@ -227,7 +227,6 @@ class Traced:
 
     Attributes:
       outputs: its outputs that depend on the input, as signals.
-      shapes: of all its outputs.
       dtype: of the constants: float64 if a floating input is, float32 else.
     """
 

@@ -35,19 +35,14 @@ class LipschitzState:
 class _Estimates(Numbers):
     """Norms by a function of (place, kernels, spec), which may keep states."""
 
-    def __init__(self, dtype: Any, norm: Callable[[int, Array, ConvSpec], Array]):
-        super().__init__(dtype, lambda name: "four", lambda kernel, spec: kernel)
-        self._estimate = norm
+    def __init__(self, dtype: Any, estimate: Callable[[int, Array, ConvSpec], Array]):
+        super().__init__(dtype)
+        self._estimate = estimate
 
-    def norm(self, node: HasNorm) -> Array:
-        """An estimate of a norm, once for all that share the kernel."""
-        key = id(node.kernel), node.spec
-        if key not in self._norms:
-            self._kept.append(node.kernel)
-            kernels = node.kernel[:, None] if node.spec is None else node.kernel[None]
-            value = self._estimate(len(self._norms), kernels, node.spec or ConvSpec())
-            self._norms[key] = jnp.asarray(value, self.dtype)
-        return self._norms[key]
+    def compute(self, node: HasNorm) -> Array:
+        """An estimate of a norm."""
+        kernels = node.kernel[:, None] if node.spec is None else node.kernel[None]
+        return self._estimate(len(self._norms), kernels, node.spec or ConvSpec())
 
 
 def _total(traced: Traced, how: Numbers) -> Array:

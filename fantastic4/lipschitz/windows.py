@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from fantastic4.lipschitz.graph import whole
-from fantastic4.lipschitz.moves import moved
+from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.trace import Walk, evaluate, out_shape, rule
 
@@ -66,9 +66,7 @@ def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     op, shape = eqn.primitive.name, out_shape(eqn)
     count = math.prod(signal.shape[a] for a in axes)
     if count < 2:
-        return dataclasses.replace(
-            signal, shape=shape, index=None if signal.index is None else signal.index.reshape(shape)
-        )
+        return reshaped(signal, shape)
     # Sorting stretches nothing, and the largest and the smallest are two entries of what is sorted.
     key = (id(signal.node), signal.expr, None if signal.index is None else signal.index.tobytes(), signal.shape, axes)
     if key not in walk.joined:
