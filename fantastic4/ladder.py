@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fantastic4 import frequency, gram, unfolding
-from fantastic4.conv import ConvSpec, canonical
+from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import half_grid
@@ -100,6 +100,19 @@ class LadderState:
     points: int | None = dataclasses.field(metadata={"static": True})
 
 
+def _prepare(kernel: Array, spec: ConvSpec, scale: Array | None, method: str) -> tuple[Array, float, Array | None]:
+    """Canonical kernels and their factor, with the scale of the outputs beside them or, where it must be, in them."""
+    if scale is None:
+        return *canonical(kernel, spec), None
+    c_out = geometry(kernel.shape, spec).c_out
+    if scale.shape != (c_out,):
+        raise ValueError(f"scale must be ({c_out},), one number for each output of the layer, got {scale.shape}")
+    if method != "four" or spec.transposed:
+        return *canonical(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec), None
+    kernels, factor = canonical(kernel, spec)
+    return kernels, factor, scale.astype(kernels.dtype).reshape(len(kernels), -1)
+
+
 @entry(method=choice(*TRAINING_METHODS), points=optional(count(1)), warmup=count(0))
 def init(
     kernel: Array,
@@ -109,6 +122,7 @@ def init(
     method: str = "grid",
     points: int | None = None,
     warmup: int = 20,
+    scale: Array | None = None,
 ) -> LadderState:
     """A start for `step`: random vectors, brought near the top ones by ``warmup`` iterations.
 
@@ -119,14 +133,16 @@ def init(
       method: ``"four"``, ``"weighted"`` or ``"grid"``.
       points: of ``"grid"``: points an axis, at least the kernel size; 3k without.
       warmup: iterations to run.
+      scale: see `step`.
 
     Returns:
       `LadderState`.
 
     Raises:
-      ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid.
+      ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid, a ``scale`` that
+        is not one number for each output.
     """
-    kernels, _ = canonical(lax.stop_gradient(kernel), spec)
+    kernels, _, scale = _prepare(*lax.stop_gradient((kernel, spec, scale)), method)
     if points is not None and method != "grid":
         raise ValueError(f"points belong to method 'grid', not to {method!r}")
     inner: Any
@@ -136,17 +152,19 @@ def init(
         inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
         inner = unfolding.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
-    iterate = _iterate(kernels, method, points)
+    iterate = _iterate(kernels, method, points, scale)
     return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
 
 
-def _iterate(kernels: Array, method: str, points: int | None) -> Callable[[Any], tuple[Any, Any]]:
+def _iterate(
+    kernels: Array, method: str, points: int | None, scale: Array | None
+) -> Callable[[Any], tuple[Any, Any]]:
     """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
     if method == "grid":
         sizes = _grid_sizes(kernels.shape[1:-2], points)
         return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
     if method == "four":
-        return lambda s: unfolding.power_step(kernels, s)
+        return lambda s: unfolding.power_step(kernels, s, scale=scale)
     scaling = unfolding.weights(unfolding.tap_squares(kernels), TRAINING_POWERS)
     return lambda s: unfolding.power_step(kernels, s, scaling.taps)
 
@@ -158,6 +176,7 @@ def step(
     spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)
     *,
     iterations: int = 1,
+    scale: Array | None = None,
 ) -> tuple[Array, LadderState]:
     """An estimate of a bound for a train step, by the method that the state was made for.
 
@@ -170,13 +189,15 @@ def step(
       state: from `init` or the step before.
       spec: the layer's `ConvSpec`.
       iterations: at least 1.
+      scale: ``(c_out,)``, by which each output of the layer is multiplied, as batch normalisation does it. With
+        ``"four"`` it costs next to nothing: the kernel with it is never written down, nor is that kernel's gradient.
 
     Returns:
-      A scalar, whose gradient is that of the one singular value that it is, with constant vectors; and the new
-      state.
+      A scalar, whose gradient, by ``kernel`` and by ``scale``, is that of the one singular value that it is, with
+      constant vectors; and the new state.
 
     Raises:
-      ValueError: a state that belongs to another kernel.
+      ValueError: a state that belongs to another kernel, a ``scale`` that is not one number for each output.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -188,7 +209,7 @@ def step(
       10.54
     """
     same_kind("state", state, LadderState, "ladder.init(kernel, spec, key=…)")
-    kernels, factor = canonical(kernel, spec)
+    kernels, factor, scale = _prepare(kernel, spec, scale, state.method)
     spatial, dtype = kernels.shape[1:-2], kernels.dtype
     constant = lax.stop_gradient(kernels)
     if state.method == "grid":
@@ -202,17 +223,16 @@ def step(
             "make one with ladder.init(kernel, spec, key=…)"
         )
     inner = jax.tree.map(lambda x: lax.stop_gradient(x).astype(dtype), state.inner)
-    iterate = _iterate(constant, state.method, state.points)
+    iterate = _iterate(constant, state.method, state.points, lax.stop_gradient(scale))
     if iterations > 1:
         inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
     found, inner = iterate(inner)
     if state.method == "grid":
-        scale = frequency.grid_factor(spatial, sizes)
-        value = frequency.differentiable(kernels, found) * scale
+        value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
     elif state.method == "weighted":
         scaling = unfolding.weights(unfolding.tap_squares(constant), TRAINING_POWERS)
         value = _smallest(kernels, found, scaling.factor)
     else:
         factor *= math.sqrt(math.prod(spatial))
-        value = unfolding.smallest(kernels, unfolding.over_groups(lax.stop_gradient(found)))
+        value = unfolding.smallest(kernels, unfolding.over_groups(lax.stop_gradient(found)), scale)
     return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)

@@ -142,12 +142,14 @@ class Pairs(NamedTuple):
     Attributes:
       values: ``(batch, m)``.
       inputs: ``(batch, taps, m, c_in)``, right vectors, times the weights of the taps where there are any.
-      outputs: ``(batch, taps, m, c_out)``, left vectors.
+      outputs: ``(batch, taps, m, c_out)``, left vectors, times the scale of the outputs where there is one.
+      gains: ``(batch, m, c_out)``, derivatives of the values by that scale; None without.
     """
 
     values: Array
     inputs: Array
     outputs: Array
+    gains: Array | None = None
 
 
 def over_groups(pairs: Pairs) -> Pairs:
@@ -158,17 +160,23 @@ def over_groups(pairs: Pairs) -> Pairs:
     # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
     poisoned = jnp.any(jnp.isnan(pairs.values), axis=0)
     values = jnp.where(poisoned, jnp.nan, jnp.max(pairs.values, axis=0))
-    chosen = jnp.arange(batch)[:, None] == jnp.argmax(pairs.values, axis=0)
-    return pairs._replace(values=values, inputs=pairs.inputs * chosen[:, None, :, None].astype(values.dtype))
+    chosen = (jnp.arange(batch)[:, None] == jnp.argmax(pairs.values, axis=0)).astype(values.dtype)
+    gains = None if pairs.gains is None else pairs.gains * chosen[:, :, None]
+    return pairs._replace(values=values, inputs=pairs.inputs * chosen[:, None, :, None], gains=gains)
 
 
-def smallest(kernels: Array, top: Pairs) -> Array:
-    """The smallest value of `over_groups`, with the derivative of that one alone."""
+def smallest(kernels: Array, top: Pairs, scale: Array | None = None) -> Array:
+    """The smallest value of `over_groups`, with the derivative of that one alone, by kernels and scale of outputs."""
     taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
     if len(top.values) == 1:
-        return with_pairs(top.values[0], taps, top.inputs[:, :, 0], top.outputs[:, :, 0])
-    pick = functools.partial(lax.dynamic_index_in_dim, index=jnp.argmin(top.values), keepdims=False)
-    return with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
+        pick = lambda x, axis: lax.index_in_dim(x, 0, axis, keepdims=False)  # noqa: E731
+    else:
+        pick = functools.partial(lax.dynamic_index_in_dim, index=jnp.argmin(top.values), keepdims=False)
+    value = with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
+    if scale is None or top.gains is None:
+        return value
+    gains = pick(top.gains, axis=1)[:, None]
+    return value + with_pairs(jnp.zeros_like(value), scale[:, None, None], jnp.ones_like(gains[..., :1]), gains)
 
 
 class PowerState(NamedTuple):
@@ -184,7 +192,9 @@ class PowerState(NamedTuple):
     scales: Array
 
 
-def power_step(kernels: Array, state: PowerState, weights: Array | None = None) -> tuple[Pairs, PowerState]:
+def power_step(
+    kernels: Array, state: PowerState, weights: Array | None = None, scale: Array | None = None
+) -> tuple[Pairs, PowerState]:
     """One power iteration of every unfolding, in two passes over the kernels.
 
     Args:
@@ -192,6 +202,7 @@ def power_step(kernels: Array, state: PowerState, weights: Array | None = None) 
       state: of kernels of this shape.
       weights: ``(batch, taps, m)``, by which each tap counts in each unfolding, m a multiple of the number
         of distinct ones; 1 without.
+      scale: ``(batch, c_out)``, by which the outputs are multiplied: the kernels with it are never written down.
 
     Returns:
       The singular values reached (from below) with their vectors, and the new state. Where a value is
@@ -206,6 +217,8 @@ def power_step(kernels: Array, state: PowerState, weights: Array | None = None) 
     # so there are two vectors at least.
     alone = state.vectors.shape[1:3] == (1, 1)
     vectors = jnp.repeat(state.vectors, 2, axis=2) if alone else state.vectors
+    by_scale = (lambda x: x) if scale is None else (lambda x: x * scale[:, None, None])
+    vectors = by_scale(vectors)
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many.
@@ -216,16 +229,20 @@ def power_step(kernels: Array, state: PowerState, weights: Array | None = None) 
     product, squares = _share(by_weight(product), inp)
     inputs = by_weight(product * _over_root(squares)[:, None, :, None])
     near = inputs * state.scales[:, None, :, None]
-    product = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
-    product, squares = _share(product, out)
+    bare = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
+    product, squares = _share(by_scale(bare), out)
     if alone:
-        squares, inputs, product = squares[:, :1], inputs[:, :, :1], product[:, :, :1]
+        squares, inputs, product, bare = squares[:, :1], inputs[:, :, :1], product[:, :, :1], bare[:, :, :1]
     over = _over_root(squares)
     outputs = product * over[:, None, :, None]
     alive = squares > 0
     scales = jnp.where(alive, state.scales * over, 1)
     new = jnp.where(alive[:, None, :, None], outputs * scales[:, None, :, None], state.vectors)
-    return Pairs(squares * over / state.scales, inputs, outputs), PowerState(new, scales)
+    values, after = squares * over / state.scales, PowerState(new, scales)
+    if scale is None:
+        return Pairs(values, inputs, outputs), after
+    gains = jnp.sum(outputs * bare, axis=1) / state.scales[..., None]
+    return Pairs(values, inputs, by_scale(outputs), gains), after
 
 
 def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:

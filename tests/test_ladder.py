@@ -248,6 +248,32 @@ def test_a_step_under_the_transformations(method):
     assert np.isfinite(jax.grad(lambda k: ladder.step(k, final)[0])(zero)).all()
 
 
+SCALED = {
+    "plain": ((3, 3, 4, 6), {}, 6),
+    "groups, strides": ((3, 3, 2, 6), {"groups": 2, "strides": 2}, 6),
+    "one tap": ((1, 1, 4, 6), {}, 6),
+    "transposed": ((3, 3, 4, 6), {"transposed": True, "strides": 2}, 6),
+    "transposed kernel": ((3, 3, 4, 6), {"transposed": True, "transpose_kernel": True}, 4),
+}
+
+
+@pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scale_of_the_outputs_is_as_good_as_one_inside_the_kernel(name, method):
+    shape, spec, c_out = SCALED[name]
+    spec, rng = f4.ConvSpec(**spec), np.random.default_rng(2)
+    kernel = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    scale = jnp.asarray(rng.standard_normal(c_out), jnp.float32).at[1].set(0)
+    inside = lambda k, s: k * (s[:, None] if spec.transpose_kernel else s)
+    how = dict(key=jax.random.key(0), method=method, warmup=100)
+    one, two = ladder.init(inside(kernel, scale), spec, **how), ladder.init(kernel, spec, scale=scale, **how)
+    wanted = jax.value_and_grad(lambda k, s: ladder.step(inside(k, s), one, spec)[0], argnums=(0, 1))(kernel, scale)
+    found = jax.value_and_grad(lambda k, s: ladder.step(k, two, spec, scale=s)[0], argnums=(0, 1))(kernel, scale)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), wanted, found)
+    with pytest.raises(ValueError, match=rf"scale must be \({c_out},\), one number for each output"):
+        ladder.step(kernel, two, spec, scale=jnp.ones(c_out + 1))
+
+
 def test_a_grid_step_copies_no_kernel():
     """Temporaries of a step on eight points: the columns in flight, not the kernel."""
     kernel = jnp.ones((3, 3, 128, 256))

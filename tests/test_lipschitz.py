@@ -1079,3 +1079,17 @@ class TestStep:
         for other in (lambda x: x, lambda x: (self.net(self.kernel)(x) @ jnp.ones((2, 5))).ravel()):
             with pytest.raises(ValueError, match="another"):
                 lipschitz.step(lambda x, fn=other: jnp.sin(fn(x)) @ jnp.ones(fn(x).shape[-1]), self.x, state)
+
+    def test_batch_norm_stays_beside_the_kernel(self):
+        """The gradient of a convolution and its batch norm holds neither the folded kernel nor its gradient."""
+        kernel, scale = jnp.ones((3, 3, 64, 128)), jnp.ones(128)
+
+        def net(kernel, scale):
+            layout = ("NHWC", "HWIO", "NHWC")
+            conv = lambda x: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+            return lambda x: (conv(x) - 0.5) * scale + 1
+
+        x = jnp.ones((1, 8, 8, 64))
+        state = lipschitz.init(net(kernel, scale), x, key=jax.random.key(0), warmup=0)
+        step = jax.jit(jax.grad(lambda k, s: lipschitz.step(net(k, s), x, state)[0], argnums=(0, 1)))
+        assert step.lower(kernel, scale).compile().memory_analysis().temp_size_in_bytes < kernel.nbytes / 2

@@ -171,6 +171,7 @@ class Linear(Node):
       spec: of a convolution; None for matrices.
       features: which axes of the shape the last axis of the kernel is, in order.
       lost: what rounding has taken from the norm while scales were folded into the kernel.
+      factors: the kernel before the last scale was folded into it, and that scale, one number for each output.
       apply: the linear map itself, of a kernel and an array of the input's shape.
     """
 
@@ -178,6 +179,7 @@ class Linear(Node):
     spec: ConvSpec | None = None
     features: tuple[int, ...] = ()
     lost: Array | float = 0.0
+    factors: tuple[Array, Array] | None = None
     apply: Callable[[Array, Array], Array] | None = None
 
     def norm(self, method: str) -> Array:
@@ -227,7 +229,7 @@ class Linear(Node):
             return None
         columns = jnp.broadcast_to(by, [n if a in self.features else 1 for a, n in enumerate(self.shape)])
         columns = columns.reshape(sizes).reshape(-1).astype(self.kernel.dtype)
-        new = dataclasses.replace(self, kernel=self.kernel * columns, label=self.label)
+        new = dataclasses.replace(self, kernel=self.kernel * columns, factors=(self.kernel, columns))
         # An entry is off by a few roundings, and by less than the smallest float where it vanishes.
         largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
         u = 8.1 * unit_roundoff(self.kernel.dtype)
@@ -244,7 +246,7 @@ class Linear(Node):
         if min(first.kernel.shape[1], self.kernel.shape[2]) > first.kernel.shape[2]:
             return None
         product = jnp.matmul(first.kernel[0], self.kernel[0], precision=lax.Precision.HIGHEST)[None]
-        new = dataclasses.replace(self, kernel=product, inputs=first.inputs)
+        new = dataclasses.replace(self, kernel=product, factors=None, inputs=first.inputs)
         one, two = first._size(), self._size()
         error = gamma(first.kernel.shape[2] + 2, product.dtype)
         lost = error * one * two + first.lost * two + one * self.lost + first.lost * self.lost

@@ -28,6 +28,7 @@ class HasNorm(Protocol):
     kernel: Array
     spec: ConvSpec | None
     label: Label
+    factors: tuple[Array, Array] | None
 
     def norm(self, method: str) -> Array:
         """An upper bound of its norm."""

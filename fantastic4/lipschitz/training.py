@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,16 +34,20 @@ class LipschitzState:
 
 
 class _Estimates(Numbers):
-    """Norms by a function of (place, kernels, spec), which may keep states."""
+    """Norms by a function of (place, kernels, spec, scales), which may keep states.
 
-    def __init__(self, dtype: Any, estimate: Callable[[int, Array, ConvSpec], Array]):
+    Batch norm's scale stays beside the kernel: their product is as large as the kernel, and so is its gradient.
+    """
+
+    def __init__(self, dtype: Any, estimate: Callable[[int, Array, ConvSpec, Array | None], Array]):
         super().__init__(dtype)
         self._estimate = estimate
 
     def compute(self, node: HasNorm) -> Array:
         """An estimate of a norm."""
-        kernels = node.kernel[:, None] if node.spec is None else node.kernel[None]
-        return self._estimate(len(self._norms), kernels, node.spec or ConvSpec())
+        kernel, scale = node.factors or (node.kernel, None)
+        kernels = kernel[:, None] if node.spec is None else kernel[None]
+        return self._estimate(len(self._norms), kernels, node.spec or ConvSpec(), scale)
 
 
 def _total(traced: Traced, how: Numbers) -> Array:
@@ -70,8 +75,9 @@ def init(fn: Callable[..., Any], x: Any, *, key: Array, method: str = "four", wa
     traced = trace(fn, x)
     states: list[Any] = []
 
-    def start(place: int, kernels: Array, spec: ConvSpec) -> Array:
-        states.append(each(lambda k: ladder.init(k, spec, key=key, method=method, warmup=warmup), kernels))
+    def start(place: int, kernels: Array, spec: ConvSpec, scale: Array | None) -> Array:
+        make = functools.partial(ladder.init, spec=spec, key=key, method=method, warmup=warmup, scale=scale)
+        states.append(each(make, kernels))
         return jnp.ones(())
 
     _total(traced, _Estimates(traced.dtype, start))
@@ -111,10 +117,10 @@ def step(fn: Callable[..., Any], x: Any, state: LipschitzState) -> tuple[Array, 
     traced = trace(fn, x)
     new: list[Any] = []
 
-    def advance(place: int, kernels: Array, spec: ConvSpec) -> Array:
+    def advance(place: int, kernels: Array, spec: ConvSpec, scale: Array | None) -> Array:
         if place >= len(state.inner):
             raise ValueError("this state belongs to another function: make one with lipschitz.init(fn, x, key=…)")
-        values, after = each(lambda k, s: ladder.step(k, s, spec), kernels, state.inner[place])
+        values, after = each(lambda k, s: ladder.step(k, s, spec, scale=scale), kernels, state.inner[place])
         new.append(after)
         return jnp.max(values)
 
