@@ -156,9 +156,7 @@ def init(
     return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
 
 
-def _iterate(
-    kernels: Array, method: str, points: int | None, scale: Array | None
-) -> Callable[[Any], tuple[Any, Any]]:
+def _iterate(kernels: Array, method: str, points: int | None, scale: Array | None) -> Callable[[Any], tuple[Any, Any]]:
     """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
     if method == "grid":
         sizes = _grid_sizes(kernels.shape[1:-2], points)

@@ -265,7 +265,7 @@ def test_a_scale_of_the_outputs_is_as_good_as_one_inside_the_kernel(name, method
     kernel = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     scale = jnp.asarray(rng.standard_normal(c_out), jnp.float32).at[1].set(0)
     inside = lambda k, s: k * (s[:, None] if spec.transpose_kernel else s)
-    how = dict(key=jax.random.key(0), method=method, warmup=100)
+    how = {"key": jax.random.key(0), "method": method, "warmup": 100}
     one, two = ladder.init(inside(kernel, scale), spec, **how), ladder.init(kernel, spec, scale=scale, **how)
     wanted = jax.value_and_grad(lambda k, s: ladder.step(inside(k, s), one, spec)[0], argnums=(0, 1))(kernel, scale)
     found = jax.value_and_grad(lambda k, s: ladder.step(k, two, spec, scale=s)[0], argnums=(0, 1))(kernel, scale)
