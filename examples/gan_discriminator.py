@@ -78,7 +78,7 @@ def train_step(state: Any, images: jax.Array, key: jax.Array) -> Any:
     return (optax.apply_updates(g_params, updates), g_opt, d_params, d_stats, d_opt), loss
 
 
-def main(digits: data.Digits, steps: int = 600, output: Path = OUTPUT) -> dict[str, float]:
+def main(digits: data.Images, steps: int = 600, output: Path = OUTPUT) -> dict[str, float]:
     """Train, draw what the generator makes, and bound what the discriminator computes with."""
     keys = jax.random.split(jax.random.key(0), steps + 3)
     variables = jax.jit(discriminator.init)(keys[-1], digits.images[:1])

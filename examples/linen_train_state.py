@@ -51,7 +51,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
     return state.apply_gradients(grads=gradients, spectral_stats=stats), loss
 
 
-def main(digits: data.Digits, steps: int = 300) -> network.Report:
+def main(digits: data.Images, steps: int = 300) -> network.Report:
     """Train on four fifths of the digits, test on the others."""
     train, test = data.split(digits)
     model = CNN()

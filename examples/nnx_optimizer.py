@@ -46,7 +46,7 @@ def train_step(model: CNN, optimizer: nnx.Optimizer, images: jax.Array, labels: 
     return loss
 
 
-def main(digits: data.Digits, steps: int = 300) -> network.Report:
+def main(digits: data.Images, steps: int = 300) -> network.Report:
     """Train on four fifths of the digits, test on the others."""
     train, test = data.split(digits)
     model = CNN(rngs=nnx.Rngs(0))

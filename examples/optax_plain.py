@@ -57,7 +57,7 @@ def train_step(params: Any, opt_state: Any, images: jax.Array, labels: jax.Array
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def main(digits: data.Digits, steps: int = 300) -> network.Report:
+def main(digits: data.Images, steps: int = 300) -> network.Report:
     """Train on all but the last 1,000 digits, test on the others; ``steps`` a multiple of 10 ends on a projection."""
     train, test = data.split(digits)
     params = init_params(jax.random.key(0))

@@ -61,7 +61,7 @@ class Network(nn.Module):
         return nn.Dense(10)(features), features
 
 
-def train(model: Network, digits: data.Digits, steps: int) -> Any:
+def train(model: Network, digits: data.Images, steps: int) -> Any:
     """Trained variables."""
     variables = dict(jax.jit(model.init)(jax.random.key(0), digits.images[:1]))
     variables.pop("distances")
@@ -105,10 +105,10 @@ def auroc(low: np.ndarray, high: np.ndarray) -> float:
     return float(np.mean(high[:, None] > low[None, :]) + 0.5 * np.mean(high[:, None] == low[None, :]))
 
 
-def main(digits: data.Digits, steps: int = 300) -> dict[str, float]:
+def main(digits: data.Images, steps: int = 300) -> dict[str, float]:
     """Train on digits 0 to 4; tell unseen ones of these from digits 5 to 9."""
     few = digits.labels < 5
-    training, test = data.split(data.Digits(digits.images[few], digits.labels[few]))
+    training, test = data.split(data.Images(digits.images[few], digits.labels[few]))
     strange = digits.images[~few]
     found = {}
     c = 0.9

@@ -7,7 +7,7 @@ from benchmarks import data
 from examples import linen_train_state, nnx_optimizer, optax_plain
 
 RNG = np.random.default_rng(0)
-DIGITS = data.Digits(RNG.random((150, 28, 28, 1), np.float32), np.arange(150, dtype=np.int32) % 10)
+DIGITS = data.Images(RNG.random((150, 28, 28, 1), np.float32), np.arange(150, dtype=np.int32) % 10)
 
 
 @pytest.mark.parametrize("example", [linen_train_state, nnx_optimizer])
