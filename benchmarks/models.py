@@ -1,4 +1,4 @@
-"""The residual networks that the benchmarks train, in Flax linen: He et al. (2016), for CIFAR-10 and for ImageNet."""
+"""The residual networks of the benchmarks, in Flax linen (He et al. 2016, CIFAR-10 and ImageNet); a train step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 
@@ -111,3 +112,40 @@ def keras_resnet50(weights: dict[str, Any]) -> dict[str, Any]:
         collection, name = places[field]
         variables[collection].setdefault(layer, {})[name] = jnp.asarray(value)
     return variables
+
+
+def train_step(model: ResNet, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """A plain Flax train step: cross-entropy, batch statistics, an optax update."""
+
+    def step(variables: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            everything = {**variables, "params": params}
+            logits, new = model.apply(everything, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        (loss, new), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        updates, opt_state = tx.update(gradients, opt_state, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state, loss
+
+    return step
+
+
+def is_convolution(path: str, leaf: Any) -> bool:
+    """For ``select``: leaves of four axes."""
+    return leaf.ndim == 4
+
+
+def convolutions(model: ResNet, size: int) -> dict[str, tuple[dict[str, Any], tuple[int, ...]]]:
+    """Every convolution by the path of its kernel: its fields for ``nn.Conv``, the shape of one input."""
+    found: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {}
+
+    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        if isinstance(layer, nn.Conv) and context.method_name == "__call__":
+            fields = {name: getattr(layer, name) for name in ("features", "kernel_size", "strides", "use_bias")}
+            found["/".join((*layer.path, "kernel"))] = fields, args[0].shape[1:]
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return found

@@ -22,48 +22,12 @@ from flax import linen as nn
 from flax import nnx
 
 from benchmarks import harness
-from benchmarks.models import ResNet, resnet18_cifar, resnet32, resnet50
+from benchmarks.models import ResNet, convolutions, is_convolution, resnet18_cifar, resnet32, resnet50, train_step
 from fantastic4 import linen, network, transforms
 from fantastic4 import nnx as f4nnx
 
 BATCH = 128
 KEY = jax.random.key(0)
-
-
-def _train_step(model: ResNet, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """A plain Flax train step: cross-entropy, batch statistics, an optax update."""
-
-    def step(variables: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            everything = {**variables, "params": params}
-            logits, new = model.apply(everything, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
-
-        (loss, new), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
-        updates, opt_state = tx.update(gradients, opt_state, variables["params"])
-        return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state, loss
-
-    return step
-
-
-def _convolutions(layer: str, leaf: Any) -> bool:
-    return leaf.ndim == 4
-
-
-def _layers(model: ResNet, size: int) -> dict[str, tuple[dict[str, Any], tuple[int, ...]]]:
-    """Every convolution by the path of its kernel: its fields for ``nn.Conv``, the shape of one input."""
-    found: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {}
-
-    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        if isinstance(layer, nn.Conv) and context.method_name == "__call__":
-            fields = {name: getattr(layer, name) for name in ("features", "kernel_size", "strides", "use_bias")}
-            found["/".join((*layer.path, "kernel"))] = fields, args[0].shape[1:]
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(model.init, KEY, jnp.zeros((1, size, size, 3)))
-    return found
 
 
 def overhead(model: ResNet, rounds: int) -> dict[str, Any]:
@@ -73,10 +37,10 @@ def overhead(model: ResNet, rounds: int) -> dict[str, Any]:
     variables = jax.jit(model.init)(KEY, images)
     params = variables["params"]
     sgd = optax.sgd(0.1, momentum=0.9)
-    penalty = transforms.add_spectral_penalty(8e-4, select=_convolutions)
+    penalty = transforms.add_spectral_penalty(8e-4, select=is_convolution)
     calls: dict[str, Callable[[], Any]] = {}
     for name, tx in {"plain": sgd, "penalty": optax.chain(penalty, sgd)}.items():
-        step = jax.jit(_train_step(model, tx))
+        step = jax.jit(train_step(model, tx))
         calls[f"step_ms {name}"] = partial(step, variables, tx.init(params), images, labels)
     state, zeros = penalty.init(params), jax.tree.map(jnp.zeros_like, params)
     calls["penalty_alone_ms"] = partial(jax.jit(penalty.update), zeros, state, params)
@@ -86,7 +50,9 @@ def overhead(model: ResNet, rounds: int) -> dict[str, Any]:
     result |= {name: float(np.median(t)) for name, t in times.items()}
     # Of the fastest: a shared machine becomes slower by more than the penalty costs, and never faster than it is.
     ratio = min(times["step_ms penalty"]) / min(times["step_ms plain"])
-    clip = transforms.clip_spectrum(0.5, {path: shape[:2] for path, (_, shape) in _layers(model, 32).items()}, every=1)
+    clip = transforms.clip_spectrum(
+        0.5, {path: shape[:2] for path, (_, shape) in convolutions(model, 32).items()}, every=1
+    )
     clip_once = jax.jit(clip.update)
     clip_state = clip.init(params)
     result |= harness.interleaved({"sedghi_clip_ms": lambda: clip_once(zeros, clip_state, params)}, 2, warm=1)
@@ -163,7 +129,7 @@ def wrappers(rounds: int) -> dict[str, Any]:
     """Our wrappers and Flax's around the same layers, and the layers bare."""
     result: dict[str, Any] = {}
     for label, smaller, batch in (("32x32, batch 8", 1, 8), ("4x4, batch 1", 8, 1)):
-        layers = list(_layers(resnet18_cifar(), 32 // smaller).values())
+        layers = list(convolutions(resnet18_cifar(), 32 // smaller).values())
         inputs = [jax.random.normal(KEY, (batch, *shape)) for _, shape in layers]
         for framework, build in (("linen", _linen), ("nnx", _nnx)):
             calls: dict[str, Callable[[], Any]] = {}
@@ -196,7 +162,7 @@ def compilation(rounds: int) -> dict[str, Any]:
             opt_state = jax.eval_shape(tx.init, variables["params"])
             jax.clear_caches()
             begin = time.perf_counter()
-            jax.jit(_train_step(model, tx)).lower(variables, opt_state, images, labels).compile()
+            jax.jit(train_step(model, tx)).lower(variables, opt_state, images, labels).compile()
             times[name].append(time.perf_counter() - begin)
     result: dict[str, Any] = {f"compile_s {name}": float(np.median(values)) for name, values in times.items()}
     result["ratio compile penalty/plain (target <= 1.3)"] = result["compile_s penalty"] / result["compile_s plain"]
