@@ -175,7 +175,7 @@ def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _normalised(given: data.Images) -> data.Images:
-    mean, deviation = np.float32([0.4914, 0.4822, 0.4465]), np.float32([0.2470, 0.2435, 0.2616])
+    mean, deviation = (np.array(v, np.float32) for v in ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
     return data.Images((given.images - mean) / deviation, given.labels)
 
 
