@@ -1,4 +1,4 @@
-"""What each norm costs and how close it comes, on the 17 spatial kernels of a real ResNet-50.
+"""What each norm costs: steps of the rungs, spectra, intervals, on the 17 spatial kernels of a real ResNet-50.
 
     python -m benchmarks.norms           # prints a table, writes benchmarks/results/norms-cpu.json
 
@@ -139,49 +139,7 @@ def spectra(rounds: int) -> dict[str, Any]:
     return result
 
 
-def _upper(kernel: jax.Array, spec: f4.ConvSpec) -> float:
-    return f4.norm_interval(kernel, spec).upper
-
-
-def table(rounds: int) -> dict[str, Any]:
-    """Each method's value / σ∞, and its time, kernel by kernel; σ∞ from an interval of 1e-5."""
-    del rounds
-    key = jax.random.key(0)
-    rows = []
-    for name, array, size, _ in data.resnet50_spatial_kernels():
-        spec, kernel = spec_of(name), jnp.asarray(array)
-        circular = f4.ConvSpec(strides=spec.strides, padding="CIRCULAR")
-        methods: dict[str, Callable[[], Any]] = {
-            method: partial(f4.bound, kernel, spec, method=method)
-            for method in ("four", "weighted", "hybrid", "grid", "gram")
-        }
-        methods["grid 8"] = partial(f4.bound, kernel, spec, method="grid", points=8)
-        if kernel.shape[-1] <= 256:
-            methods["gram_conv"] = partial(f4.bound, kernel, spec, method="gram_conv")
-        methods |= {
-            "interval, upper": partial(_upper, kernel, spec),
-            "Sedghi, exact at its size": partial(f4.exact_norm, kernel, (size, size), circular),
-            "Ryu, 50 iterations": partial(f4.estimate_ryu, kernel, (size, size), spec, key=key),
-            "TNN": partial(f4.estimate_tnn, kernel, spec, key=key),
-            "Miyato": partial(f4.estimate_miyato, kernel),
-        }
-        truth = f4.norm_interval(kernel, spec, rtol=1e-5)
-        row: dict[str, Any] = {"name": name, "shape": kernel.shape, "sup": [truth.lower, truth.upper]}
-        for label, method in methods.items():
-            jax.block_until_ready(method())
-            begin = time.perf_counter()
-            value = float(jax.block_until_ready(method()))
-            row[label] = {"ratio": value / truth.lower, "ms": 1e3 * (time.perf_counter() - begin)}
-        rows.append(row)
-    products = {
-        f"product of {label} / sup": math.prod(row[label]["ratio"] for row in rows)
-        for label in rows[0]
-        if all(isinstance(row.get(label), dict) for row in rows)
-    }
-    return products | {"rows": rows}
-
-
-PARTS = {"training": training, "spectra": spectra, "intervals": intervals, "table": table}
+PARTS = {"training": training, "spectra": spectra, "intervals": intervals}
 
 if __name__ == "__main__":
     harness.main("norms", PARTS, __doc__)

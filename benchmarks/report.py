@@ -8,8 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.tightness import PUBLISHED
+from benchmarks.train_cifar import summary
 
 PAPER = "seconds, Sedghi at the paper's sizes"
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +29,9 @@ def _shape(row: dict[str, Any]) -> str:
     return "×".join(map(str, row["shape"]))
 
 
-def training_tables(figures: dict[str, Any]) -> dict[str, str]:
+def training_tables(stored: dict[str, Any]) -> dict[str, str]:
     """Tables of docs/training.md by the name of their place in the page."""
+    figures = stored["training"]
     steps = []
     for name in ("resnet32", "resnet18"):
         f = figures[name]
@@ -85,67 +91,117 @@ def training_tables(figures: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def tables(figures: dict[str, Any]) -> dict[str, str]:
+def method_tables(stored: dict[str, Any]) -> dict[str, str]:
     """Tables of docs/methods.md by the name of their place in the page."""
-    training, intervals, rows = figures["training"], figures["intervals"], figures["table"]["rows"]
-    methods = [label for label in rows[0] if isinstance(rows[0][label], dict)]
+    training, intervals = stored["norms"]["training"], stored["norms"]["intervals"]
+    rows = stored["tightness"]["resnet50"]["rows"]
     rungs = [name.removeprefix("step_ms ") for name in training if name.startswith("step_ms ")]
     four = training["step_ms four"]
+    steps = [
+        [r, f"{training[f'step_ms {r}']:.1f}", f"{training[f'step_ms {r}'] / four:.2f}"]
+        + [f"{training[f'temporary_mb {r}']:.1f}"]
+        for r in rungs
+    ]
+    sizes = [
+        [f"{r['name']} {_shape(r)}", f"{r['lower']:.4f}", f"{r['upper']:.4f}", f"{r['seconds']:.3f}"]
+        + [f"{r['sedghi_seconds']:.2f}", f"{r['sedghi_seconds_paper']:.1f}"]
+        for r in intervals["rows"]
+    ]
+    total = [
+        f"**{intervals['seconds, 17 intervals']:.2f}**",
+        f"**{intervals['seconds, Sedghi at the true sizes']:.1f}**",
+    ]
+    return {
+        "training": _markdown(["rung", "ms", "/ four", "temporaries, MB"], steps),
+        "ratios": _ratios(rows),
+        "times": _layers(rows, [m for m in _methods(rows) if m not in "RSTU"], "ms", ".3g"),
+        "intervals": _markdown(
+            ["layer", "lower", "upper", "s", "Sedghi at its size, s", "at the paper's size, s"],
+            [*sizes, ["**all**", "", "", *total, f"**{intervals[PAPER]:.0f}**"]],
+        ),
+    }
+
+
+def _methods(rows: list[dict[str, Any]]) -> list[str]:
+    return [label for label in rows[0] if isinstance(rows[0][label], dict)]
+
+
+def _layers(rows: list[dict[str, Any]], methods: list[str], key: str, form: str, *more: list[str]) -> str:
+    """A row for each layer, a column for each method."""
     titles = [{"grid": "grid 3k"}.get(label, label) for label in methods]
-    layers = [f"{row['name']} {_shape(row)}" for row in rows]
-
-    def cells(key: str, form: str) -> list[list[str]]:
-        return [
-            [layer, *(format(row[m][key], form) if m in row else "–" for m in methods)]
-            for layer, row in zip(layers, rows, strict=True)
+    cells = [
+        [
+            row["name"] if _shape(row) in row["name"] else f"{row['name']} {_shape(row)}",
+            *(format(row[m][key], form) if m in row else "–" for m in methods),
         ]
+        for row in rows
+    ]
+    return _markdown(["layer", *titles], [*cells, *more])
 
+
+def _ratios(rows: list[dict[str, Any]]) -> str:
     def product(method: str) -> str:
         if not all(method in row for row in rows):
             return "–"
         value = math.prod(row[method]["ratio"] for row in rows)
         return f"**{value:.3g}**" if value > 0.1 else f"**{value:.1e}**"
 
+    methods = _methods(rows)
+    return _layers(rows, methods, "ratio", ".3f", ["**product**", *(product(m) for m in methods)])
+
+
+FAMILIES = {
+    "resnet50": "ResNet-50, ImageNet",
+    "gaussian": "Gaussian",
+    "cifar, plain": "ResNet-8, CIFAR-10, trained plainly",
+    "cifar, with the bound": "the same, trained with the bound",
+}
+
+
+def evidence_tables(stored: dict[str, Any]) -> dict[str, str]:
+    """Tables of docs/evidence.md by the name of their place in the page."""
+    tight, speed, cifar = stored["tightness"], stored["speed"], stored["cifar"]
+    families = []
+    for key, title in FAMILIES.items():
+        f = tight[key]
+        four = [f"{f[f'four / sup, {name}']:.3f}" for name in ("mean", "median", "max", "min")]
+        products = [f"{f[f'product of {m} / sup']:.3g}" for m in ("four", "weighted", "grid 8", "interval, upper")]
+        families.append([title, str(len(f["rows"])), *four, *products])
+    published = [f"{PUBLISHED[name]:.3f}" for name in ("mean", "median", "max", "min")]
+    published += [f"{PUBLISHED['product']:g}", "–", "–", "–"]
+    families.append(["*published: torchvision's ResNet-18, other weights*", str(PUBLISHED["layers"]), *published])
+    peers = speed["peers"]
+    value = peers["ms four bounds, value"]
+    costs = []
+    for name, ms in peers.items():
+        if name.startswith("ms ") and name != "ms read the kernels once":
+            what, _, kind = name.removeprefix("ms ").rpartition(", ")
+            costs.append([what, kind, f"{ms:,.1f}", f"{ms / value:.2f}"])
+    costs.append(["*reading the kernels once*", "", f"{peers['ms read the kernels once']:.1f}", ""])
+    growth = []
+    for name, sweep in speed["scaling"].items():
+        if not name.startswith("exponent"):
+            pairs = ", ".join(f"{s}: {t:.2g}" for s, t in zip(sweep["sizes"], sweep["ms"], strict=True))
+            growth.append([name, pairs, f"{speed['scaling'][f'exponent {name}']:.2f}"])
+    foot = speed["footprint"]
+    names = [name.removeprefix("temporary_mb ") for name in foot if name.startswith("temporary_mb")]
+    footprint = [[n, f"{foot[f'temporary_mb {n}']:.1f}", f"{foot[f'compile_s {n}']:.2f}"] for n in names]
+    arms = []
+    for row in summary(cifar):
+        cells = [f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f}" for key in ("test", "train", "gap")]
+        powers = [f"10^{row[key][0]:.1f}" for key in ("norms", "bounds")]
+        arms.append([row["arm"], str(row["seeds"]), *cells, *powers, f"{row['epoch_s']:.1f}"])
+    columns = ["layers", "mean", "median", "max", "min", "∏ four", "∏ weighted", "∏ grid 8", "∏ interval"]
     return {
+        "families": _markdown(["kernels", *columns], families),
+        "gaussian": _ratios(tight["gaussian"]["rows"]),
+        "cifar plain": _ratios(tight["cifar, plain"]["rows"]),
+        "cifar bound": _ratios(tight["cifar, with the bound"]["rows"]),
+        "peers": _markdown(["", "what", "ms", "/ four bounds"], costs),
+        "scaling": _markdown(["sweep", "ms at each size", "exponent"], growth),
+        "footprint": _markdown(["", "temporaries, MB", "tracing and compiling, s"], footprint),
         "training": _markdown(
-            ["rung", "ms", "/ four", "temporaries, MB"],
-            [
-                [
-                    r,
-                    f"{training[f'step_ms {r}']:.1f}",
-                    f"{training[f'step_ms {r}'] / four:.2f}",
-                    f"{training[f'temporary_mb {r}']:.1f}",
-                ]
-                for r in rungs
-            ],
-        ),
-        "ratios": _markdown(
-            ["layer", *titles], [*cells("ratio", ".3f"), ["**product**", *(product(m) for m in methods)]]
-        ),
-        "times": _markdown(["layer", *titles], cells("ms", ".3g")),
-        "intervals": _markdown(
-            ["layer", "lower", "upper", "s", "Sedghi at its size, s", "at the paper's size, s"],
-            [
-                [
-                    f"{r['name']} {_shape(r)}",
-                    f"{r['lower']:.4f}",
-                    f"{r['upper']:.4f}",
-                    f"{r['seconds']:.3f}",
-                    f"{r['sedghi_seconds']:.2f}",
-                    f"{r['sedghi_seconds_paper']:.1f}",
-                ]
-                for r in intervals["rows"]
-            ]
-            + [
-                [
-                    "**all**",
-                    "",
-                    "",
-                    f"**{intervals['seconds, 17 intervals']:.2f}**",
-                    f"**{intervals['seconds, Sedghi at the true sizes']:.1f}**",
-                    f"**{intervals[PAPER]:.0f}**",
-                ]
-            ],
+            ["arm", "seeds", "test, %", "train, %", "train - test", "∏ norms", "∏ bounds", "s an epoch"], arms
         ),
     }
 
@@ -161,14 +217,18 @@ def fill(page: str, parts: dict[str, str]) -> str:
     return page
 
 
-PAGES = {"methods.md": ("norms-cpu.json", tables), "training.md": ("training-cpu.json", training_tables)}
+PAGES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, str]]]] = {
+    "methods.md": (("norms", "tightness"), method_tables),
+    "training.md": (("training",), training_tables),
+    "evidence.md": (("tightness", "speed", "cifar"), evidence_tables),
+}
 
 
 def filled(name: str) -> str:
     """A page of docs/ with the tables of the stored figures."""
     results, make = PAGES[name]
-    figures = json.loads((ROOT / "benchmarks" / "results" / results).read_text())
-    return fill((ROOT / "docs" / name).read_text(), make(figures))
+    stored = {result: json.loads((RESULTS / f"{result}-cpu.json").read_text()) for result in results}
+    return fill((ROOT / "docs" / name).read_text(), make(stored))
 
 
 def main() -> None:

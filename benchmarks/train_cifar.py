@@ -77,6 +77,18 @@ def specs(model: ResNet) -> dict[str, tuple[f4.ConvSpec, tuple[int, ...]]]:
     return found
 
 
+def _file(arm: str, seed: int) -> Path:
+    return KERNELS / f"{ARMS.index(arm)}-{seed}.npz"
+
+
+def kernels(arm: str, seed: int) -> dict[str, np.ndarray]:
+    """The convolutions of a finished run, by path."""
+    if not _file(arm, seed).exists():
+        raise FileNotFoundError(f"no {_file(arm, seed)}: run `python -m benchmarks.train_cifar --arms {arm!r}` first")
+    with np.load(_file(arm, seed)) as stored:
+        return dict(stored)
+
+
 class YoshidaState(NamedTuple):
     """Power iteration on every T."""
 
@@ -324,12 +336,12 @@ def main() -> None:
             task = progress.add_task("epochs", total=len(todo) * setting.epochs)
             for arm, seed in todo:
                 progress.update(task, description=f"{arm}, seed {seed}")
-                found, kernels = run(arm, seed, setting, train, test, lambda: progress.advance(task))
+                found, trained = run(arm, seed, setting, train, test, lambda: progress.advance(task))
                 figures["runs"][f"{arm} / {seed}"] = found
                 store()
                 KERNELS.mkdir(parents=True, exist_ok=True)
-                arrays: dict[str, Any] = {path: np.asarray(kernel) for path, kernel in kernels.items()}
-                np.savez(KERNELS / f"{ARMS.index(arm)}-{seed}.npz", **arrays)
+                arrays: dict[str, Any] = {path: np.asarray(kernel) for path, kernel in trained.items()}
+                np.savez(_file(arm, seed), **arrays)
     console.print(table(figures), width=max(console.width, 130))
     console.print(f"stored in {target}")
 
