@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: demo certify-mnist examples test lint types bench data fuzz clean
+.PHONY: demo certify-mnist examples test notebooks lint types bench data fuzz clean
 
 demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
@@ -15,6 +15,10 @@ examples: .venv/demo
 # Two processes, a file each; one thread of LAPACK in each, or they wait for one another's cores.
 test: .venv/test
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Each from top to bottom, one after the other: their times are those of one.
+notebooks: .venv/notebooks
+	$(BIN)/python -m pytest -o addopts= --nbmake --nbmake-timeout=300 --durations=0 notebooks
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -34,10 +38,9 @@ data: .venv/demo
 	$(BIN)/python -m benchmarks.data
 
 bench: .venv/dev
-	$(BIN)/python -m benchmarks.core
-	$(BIN)/python -m benchmarks.norms
-	$(BIN)/python -m benchmarks.training
+	for name in core speed norms tightness training; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.plots
 
 # A long hunt for a bound below the truth: FUZZ_CASES random layers, FUZZ_SEED to repeat one.
 fuzz: .venv/test
@@ -48,7 +51,7 @@ fuzz: .venv/test
 	$(PYTHON) -m venv --clear .venv
 	touch $@
 
-.venv/demo .venv/test .venv/dev: .venv/%: .venv/pip pyproject.toml
+.venv/demo .venv/test .venv/notebooks .venv/dev: .venv/%: .venv/pip pyproject.toml
 	@echo "installing into .venv (about a minute) …"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	touch $@

@@ -97,20 +97,15 @@ def method_tables(stored: dict[str, Any]) -> dict[str, str]:
     rows = stored["tightness"]["resnet50"]["rows"]
     rungs = [name.removeprefix("step_ms ") for name in training if name.startswith("step_ms ")]
     four = training["step_ms four"]
-    steps = [
-        [r, f"{training[f'step_ms {r}']:.1f}", f"{training[f'step_ms {r}'] / four:.2f}"]
-        + [f"{training[f'temporary_mb {r}']:.1f}"]
-        for r in rungs
-    ]
-    sizes = [
-        [f"{r['name']} {_shape(r)}", f"{r['lower']:.4f}", f"{r['upper']:.4f}", f"{r['seconds']:.3f}"]
-        + [f"{r['sedghi_seconds']:.2f}", f"{r['sedghi_seconds_paper']:.1f}"]
-        for r in intervals["rows"]
-    ]
-    total = [
-        f"**{intervals['seconds, 17 intervals']:.2f}**",
-        f"**{intervals['seconds, Sedghi at the true sizes']:.1f}**",
-    ]
+    steps, sizes = [], []
+    for r in rungs:
+        ms = training[f"step_ms {r}"]
+        steps.append([r, f"{ms:.1f}", f"{ms / four:.2f}", f"{training[f'temporary_mb {r}']:.1f}"])
+    for row in intervals["rows"]:
+        cells = [f"{row['lower']:.4f}", f"{row['upper']:.4f}", f"{row['seconds']:.3f}"]
+        cells += [f"{row['sedghi_seconds']:.2f}", f"{row['sedghi_seconds_paper']:.1f}"]
+        sizes.append([f"{row['name']} {_shape(row)}", *cells])
+    total = [f"**{intervals[name]:.1f}**" for name in ("seconds, 17 intervals", "seconds, Sedghi at the true sizes")]
     return {
         "training": _markdown(["rung", "ms", "/ four", "temporaries, MB"], steps),
         "ratios": _ratios(rows),

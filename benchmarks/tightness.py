@@ -2,7 +2,7 @@
 
     python -m benchmarks.tightness           # prints a table, writes benchmarks/results/tightness-BACKEND.json
 
-Value / σ∞, σ∞ the norm over all input sizes from an interval of relative width 1e-5. Three families: the 17 spatial
+Value / σ∞, σ∞ the norm over all input sizes: the lower end of an interval of width 1e-4. Families: the 17 spatial
 kernels of a ResNet-50 trained on ImageNet (`make data`); Gaussian ones; the convolutions of a ResNet trained on
 CIFAR-10, plainly and with the bound in its loss (`python -m benchmarks.train_cifar` trains and keeps them).
 
@@ -73,9 +73,10 @@ def methods_of(case: Case) -> dict[str, Callable[[], Any]]:
 
 def measure(case: Case) -> dict[str, Any]:
     """A row: every method's value / σ∞ and the median of three calls in milliseconds."""
-    truth = f4.norm_interval(case.kernel, f4.ConvSpec(strides=case.stride), rtol=1e-5)
+    truth = f4.norm_interval(case.kernel, f4.ConvSpec(strides=case.stride), rtol=1e-4)
     row: dict[str, Any] = {"name": case.name, "shape": case.kernel.shape, "sup": [truth.lower, truth.upper]}
     four = f4.four_bounds(jnp.asarray(case.kernel), f4.ConvSpec(strides=case.stride))
+    row["reached"] = truth.reached
     row |= {name: {"ratio": float(value) / truth.lower} for name, value in zip(four.names, four.values, strict=True)}
     for label, method in methods_of(case).items():
         value, times = float(jax.block_until_ready(method())), []
@@ -112,7 +113,7 @@ def _resnet50() -> Iterator[Case]:
 def _gaussian() -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for h, c_in, c_out, size in (
-        (1, 64, 128, 28), (3, 3, 64, 32), (3, 64, 64, 28), (3, 128, 128, 28), (3, 64, 256, 14), (3, 256, 256, 14),
+        (1, 64, 128, 28), (3, 3, 64, 32), (3, 64, 64, 28), (3, 128, 128, 28), (3, 64, 256, 14),
         (5, 64, 64, 12), (7, 3, 64, 112), (7, 32, 32, 28), (11, 3, 64, 112),
     ):  # fmt: skip
         kernel = rng.standard_normal((h, h, c_in, c_out)).astype(np.float32)

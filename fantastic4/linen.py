@@ -43,7 +43,11 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
         return {**variables, "params": params | {"kernel": how.normalise(kernel, value)}}
 
     # Read-only: what the layer sees is not written back to the params, not even by init.
-    out = nn.map_variables(lambda layer: layer(*args, **kwargs), trans_in_fn=change)(layer)
+
+    def call(layer: nn.Module) -> Any:  # by name, for it is part of what errors and profiles show
+        return layer(*args, **kwargs)
+
+    out = nn.map_variables(call, trans_in_fn=change)(layer)
     if update_stats or module.is_initializing():
         module.put_variable(COLLECTION, "state", found["state"])
         module.put_variable(COLLECTION, "bound", found["value"])

@@ -2,9 +2,11 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -97,6 +99,20 @@ def test_version_is_that_of_the_distribution():
 
 def code_blocks(page="README.md"):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_where_the_project_lives(path):
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
+    cells = json.loads(path.read_text())["cells"]
+    colab = home.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"({colab}/blob/main/notebooks/{path.name})" in "".join(cells[0]["source"]), "the Colab badge"
+    assert f"git+{home}" in "".join(cells[1]["source"]), "the first code cell installs what is missing"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), "outputs are not committed"
+    assert f"({path.name})" in (ROOT / "notebooks" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
