@@ -1,0 +1,134 @@
+"""The parts of the benchmarks that decide what is reported: arms, means, ratios, and that they stop at a violation."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fantastic4 as f4
+from benchmarks import core, speed, tightness, train_cifar
+from benchmarks.models import convolutions
+
+RNG = np.random.default_rng(11)
+TINY = train_cifar.Setting(blocks=1, width=4, epochs=4, images=256)
+PARAMS = TINY.model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+PATHS = list(convolutions(TINY.model, 32))
+
+
+def kernel(tree, path):
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def updated(arm, times=1):
+    """Params after updates with zero gradients, so that only the arm's own part acts."""
+    tx = train_cifar.optimiser(arm, TINY, PARAMS)
+
+    @jax.jit
+    def update(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(times):
+        params, state = update(params, state)
+    return params
+
+
+def test_no_arm_changes_anything_by_itself():
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (updated("none"), PARAMS)), strict=True))
+
+
+@pytest.mark.parametrize("arm", [arm for arm in train_cifar.ARMS if arm.startswith(("bound, β 0.01", "Yoshida"))])
+def test_penalties_shrink_norms_of_convolutions_and_nothing_else(arm):
+    after = updated(arm)
+    for path in PATHS:
+        small, large = (
+            np.linalg.norm(kernel(p, path).reshape(-1, kernel(p, path).shape[-1]), 2) for p in (after, PARAMS)
+        )
+        assert small < large, path
+    np.testing.assert_array_equal(after["Dense_0"]["kernel"], PARAMS["Dense_0"]["kernel"])
+
+
+def test_yoshida_penalty_has_the_gradient_of_its_formula():
+    after = updated(arm := next(a for a in train_cifar.ARMS if a.startswith("Yoshida")))
+    assert arm.endswith(f"{train_cifar.YOSHIDA:g}")
+    path = PATHS[0]
+    before = np.asarray(kernel(PARAMS, path), np.float64)
+    u, s, vt = np.linalg.svd(before.reshape(-1, before.shape[-1]), full_matrices=False)
+    step = -0.1 * train_cifar.YOSHIDA * s[0] * np.outer(u[:, 0], vt[0]).reshape(before.shape)
+    np.testing.assert_allclose(kernel(after, path) - before, step, atol=2e-2 * np.abs(step).max())
+
+
+def test_gouk_projection_brings_every_layer_to_its_maximum():
+    large = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim == 4 else leaf, PARAMS)
+    layers = list(f4.network.find(PARAMS, select=lambda _, leaf: leaf.ndim == 4))
+    tx = train_cifar.gouk_projection(2.0, tuple(layers), TINY.model)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, large), tx.init(large), large)
+    after, where = optax.apply_updates(large, updates), train_cifar.specs(TINY.model)
+    for path in PATHS:
+        spec, shape = where[path]
+        assert float(f4.exact_norm(kernel(after, path), shape, spec)) == pytest.approx(2, rel=0.05), path
+
+
+def test_augmented_images_are_shifted_and_mirrored_ones():
+    images = RNG.random((40, 8, 8, 3))
+    after = train_cifar.augmented(images, np.random.default_rng(0))
+    mirrored = 0
+    for before, now in zip(images, after, strict=True):
+        padded = np.pad(before, ((4, 4), (4, 4), (0, 0)))
+        shifts = [padded[i : i + 8, j : j + 8] for i in range(9) for j in range(9)]
+        plain = any(np.array_equal(now, s) for s in shifts)
+        assert plain or any(np.array_equal(now, s[:, ::-1]) for s in shifts)
+        mirrored += not plain
+    assert 8 < mirrored < 32
+
+
+def test_summary_has_means_and_deviations_over_seeds():
+    figures = {"train": 0.9, "log10 product of norms": 3.0, "log10 product of bounds": 4.0, "epoch_s": 2.0}
+    runs = {f"none / {seed}": {**figures, "test": test} for seed, test in enumerate((0.5, 0.6, 0.7))}
+    (row,) = train_cifar.summary({"runs": runs})
+    assert row["seeds"] == 3
+    assert row["test"] == pytest.approx((0.6, 0.1))
+    assert row["gap"] == pytest.approx((0.3, 0.1))
+    assert row["epoch_s"] == 2
+
+
+CASE = tightness.Case("small", RNG.normal(size=(3, 3, 2, 3)).astype(np.float32), 6)
+
+
+def test_a_row_has_every_method_beside_the_norm():
+    row = tightness.measure(CASE)
+    assert set(tightness.BOUNDS) < set(row)
+    assert row["four"]["ratio"] == pytest.approx(min(row[name]["ratio"] for name in "RSTU"), rel=1e-6)
+    frequencies = np.fft.fft2(CASE.kernel, (48, 48), axes=(0, 1))
+    assert row["sup"][0] == pytest.approx(np.linalg.norm(frequencies, 2, axis=(2, 3)).max(), rel=1e-2)
+    assert row["Miyato"]["ratio"] * row["sup"][0] == pytest.approx(
+        np.linalg.norm(CASE.kernel.reshape(-1, 3), 2), rel=1e-5
+    )
+
+
+def test_a_bound_below_the_norm_stops_the_benchmark(monkeypatch):
+    whole = tightness.methods_of
+    monkeypatch.setattr(tightness, "methods_of", lambda case: {"gram": lambda: 0.4 * whole(case)["gram"]()})
+    with pytest.raises(AssertionError, match="small: gram below the norm"):
+        tightness.measure(CASE)
+
+
+def test_the_peers_get_the_layers_of_resnet18():
+    shapes = core.resnet18_shapes()
+    assert len(shapes) == len(speed.SIZES) == len(speed.STRIDES) == 20
+    for shape, size, stride, after, wide in zip(
+        shapes, speed.SIZES, speed.STRIDES, speed.SIZES[1:], shapes[1:], strict=False
+    ):
+        if wide[2] == shape[3] and wide[0] == 3 and shape[0] == 3:
+            assert after == size // stride, (shape, size)
+
+
+def test_power_laws_are_read_off_the_larger_half():
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert speed._exponent(sizes, [5, 5, 5, *(0.1 * s**2 for s in sizes[3:])]) == pytest.approx(2)
