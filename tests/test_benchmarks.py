@@ -122,10 +122,9 @@ def test_a_bound_below_the_norm_stops_the_benchmark(monkeypatch):
 def test_the_peers_get_the_layers_of_resnet18():
     shapes = core.resnet18_shapes()
     assert len(shapes) == len(speed.SIZES) == len(speed.STRIDES) == 20
-    for shape, size, stride, after, wide in zip(
-        shapes, speed.SIZES, speed.STRIDES, speed.SIZES[1:], shapes[1:], strict=False
-    ):
-        if wide[2] == shape[3] and wide[0] == 3 and shape[0] == 3:
+    layers = list(zip(shapes, speed.SIZES, speed.STRIDES, strict=True))
+    for (shape, size, stride), (following, after, _) in itertools.pairwise(layers):
+        if shape[0] == following[0] == 3:  # one after the other, without a shortcut between
             assert after == size // stride, (shape, size)
 
 
