@@ -5,7 +5,7 @@
     python -m benchmarks.train_cifar --cost    # only what a step costs in each arm
 
 SGD with momentum 0.9 and batches of 128; the rate is 0.1, a tenth of that after half of the epochs, a hundredth after
-three quarters. Every finished run is stored at once and not repeated: an interrupted call goes on where it stopped.
+three quarters. Every finished run is stored at once, with its kernels, and not repeated: an interrupted call goes on where it stopped.
 The arms: nothing; weight decay 1e-4; β Σ min(R,S,T,U) for three β; the regulariser ½ λ Σ ‖T‖² of Yoshida & Miyato;
 clipping of the spectrum every 100 steps (Sedghi et al.); projection after every step (Gouk et al.).
 """
@@ -35,7 +35,7 @@ from benchmarks.models import ResNet, convolutions, is_convolution, train_step
 from fantastic4 import heuristics, network, transforms
 
 BATCH = 128
-KERNELS = Path("out") / "train_cifar"
+OUTPUT = Path("out") / "train_cifar"
 
 
 class Setting(NamedTuple):
@@ -78,7 +78,7 @@ def specs(model: ResNet) -> dict[str, tuple[f4.ConvSpec, tuple[int, ...]]]:
 
 
 def _file(arm: str, seed: int) -> Path:
-    return KERNELS / f"{ARMS.index(arm)}-{seed}.npz"
+    return OUTPUT / f"{ARMS.index(arm)}-{seed}.npz"
 
 
 def kernels(arm: str, seed: int) -> dict[str, np.ndarray]:
@@ -305,12 +305,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default %(default)s)")
     parser.add_argument("--data", type=Path, default=data.FOLDER, help="has CIFAR-10's files (default %(default)s)")
     parser.add_argument("--cost", action="store_true", help="measure what a step costs instead of training")
-    parser.add_argument("--results", type=Path, help="default benchmarks/results/cifar-BACKEND[-paper].json")
+    parser.add_argument("--results", type=Path, help=f"default {OUTPUT}/results-BACKEND[-paper].json")
     options = parser.parse_args()
     setting = Setting(options.blocks, options.width, options.epochs, options.images, options.augment)
     setting = PAPER if options.paper else setting
     backend = jax.default_backend() + ("-paper" if options.paper else "")
-    target = options.results or harness.RESULTS / f"cifar-{backend}.json"
+    target = options.results or OUTPUT / f"results-{backend}.json"
     figures: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {"runs": {}}
     if figures.setdefault("setting", setting._asdict()) != setting._asdict():
         parser.error(f"{target} has runs of {figures['setting']}: name another file with --results, or delete it")
@@ -326,6 +326,8 @@ def main() -> None:
     if options.cost:
         figures["cost"] = cost(setting, 7)
         store()
+        for arm, seconds in figures["cost"].items():
+            console.print(f"{arm}: {seconds:.1f} s an epoch", highlight=False)
     else:
         train, test = (_normalised(part) for part in data.cifar10(options.data))
         train = data.Images(train.images[: setting.images], train.labels[: setting.images])
@@ -339,10 +341,11 @@ def main() -> None:
                 found, trained = run(arm, seed, setting, train, test, lambda: progress.advance(task))
                 figures["runs"][f"{arm} / {seed}"] = found
                 store()
-                KERNELS.mkdir(parents=True, exist_ok=True)
+                OUTPUT.mkdir(parents=True, exist_ok=True)
                 arrays: dict[str, Any] = {path: np.asarray(kernel) for path, kernel in trained.items()}
                 np.savez(_file(arm, seed), **arrays)
-    console.print(table(figures), width=max(console.width, 130))
+    if figures["runs"]:
+        console.print(table(figures), width=max(console.width, 130))
     console.print(f"stored in {target}")
 
 
