@@ -5,7 +5,8 @@
     python -m benchmarks.train_cifar --cost    # only what a step costs in each arm
 
 SGD with momentum 0.9 and batches of 128; the rate is 0.1, a tenth of that after half of the epochs, a hundredth after
-three quarters. Every finished run is stored at once, with its kernels, and not repeated: an interrupted call goes on where it stopped.
+three quarters. Every finished run is stored at once, its kernels too, and not repeated: an interrupted call goes on
+where it stopped.
 The arms: nothing; weight decay 1e-4; β Σ min(R,S,T,U) for three β; the regulariser ½ λ Σ ‖T‖² of Yoshida & Miyato;
 clipping of the spectrum every 100 steps (Sedghi et al.); projection after every step (Gouk et al.).
 """
@@ -339,11 +340,11 @@ def main() -> None:
             for arm, seed in todo:
                 progress.update(task, description=f"{arm}, seed {seed}")
                 found, trained = run(arm, seed, setting, train, test, lambda: progress.advance(task))
-                figures["runs"][f"{arm} / {seed}"] = found
-                store()
                 OUTPUT.mkdir(parents=True, exist_ok=True)
                 arrays: dict[str, Any] = {path: np.asarray(kernel) for path, kernel in trained.items()}
                 np.savez(_file(arm, seed), **arrays)
+                figures["runs"][f"{arm} / {seed}"] = found
+                store()
     if figures["runs"]:
         console.print(table(figures), width=max(console.width, 130))
     console.print(f"stored in {target}")
