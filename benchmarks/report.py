@@ -1,4 +1,4 @@
-"""Write the measured tables into the pages of docs/, from the figures in benchmarks/results/.
+"""Write the measured tables into README and the pages of docs/, from the figures in benchmarks/results/.
 
 python -m benchmarks.report
 """
@@ -212,25 +212,75 @@ def fill(page: str, parts: dict[str, str]) -> str:
     return page
 
 
+def readme_tables(stored: dict[str, Any]) -> dict[str, str]:
+    """Tables of README.md by the name of their place in the page."""
+    tight, peers, foot, cifar = (
+        stored["tightness"],
+        stored["speed"]["peers"],
+        stored["speed"]["footprint"],
+        stored["cifar"],
+    )
+    methods = ("four", "weighted", "grid 8", "interval, upper", "Miyato")
+    families = []
+    for key, title in FAMILIES.items():
+        f = tight[key]
+        four = [f"{f[f'four / sup, {name}']:.2f}" for name in ("mean", "max")]
+        families.append([title, str(len(f["rows"])), *four, *(f"{f[f'product of {m} / sup']:.2g}" for m in methods)])
+    own = peers["ms four bounds, value"]
+    rows = {
+        "`f4.step`: all four bounds and their gradient": "four bounds, value",
+        "Flax's heuristic: one iteration on T alone, no bound": "Flax's heuristic alone, value",
+        "the four matrices in JAX": "paper's formula in JAX, value",
+        "the four matrices in PyTorch": "paper's formula in PyTorch, value",
+        "Ryu, one iteration at 224×224": "Ryu, one iteration at 224×224, value",
+        "Sedghi in NumPy at 224×224, no gradient": "Sedghi in NumPy at 224×224, no gradient",
+        "reading the kernels once: the limit": "read the kernels once",
+    }
+    temporary = {"four bounds, value": "four bounds", "paper's formula in JAX, value": "paper's formula in JAX"}
+    costs = []
+    for title, name in rows.items():
+        ms, memory = peers[f"ms {name}"], temporary.get(name)
+        mb = f"{foot[f'temporary_mb {memory}']:.1f} MB" if memory else ""
+        costs.append(
+            [
+                title,
+                f"{ms:,.1f}" if ms < 1000 else f"{ms:,.0f}",
+                f"{ms / own:.2g}" if ms < 100 * own else f"{ms / own:,.0f}",
+                mb,
+            ]
+        )
+    arms = []
+    for row in summary(cifar):
+        test, gap = (f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f}" for key in ("test", "gap"))
+        arms.append([row["arm"], test, gap, f"10^{row['norms'][0]:.1f}", f"{row['epoch_s']:.1f}"])
+    products = [f"∏ {m.removesuffix(', upper')}" for m in methods]
+    return {
+        "tight": _markdown(["value / norm", "layers", "four: mean", "max", *products], families),
+        "cheap": _markdown(["one step, ResNet-18's 20 kernels", "ms", "/ ours", "temporaries"], costs),
+        "helps": _markdown(["arm", "test accuracy, %", "train - test", "∏ norms", "s an epoch"], arms),
+    }
+
+
 PAGES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, str]]]] = {
-    "methods.md": (("norms", "tightness"), method_tables),
-    "training.md": (("training",), training_tables),
-    "evidence.md": (("tightness", "speed", "cifar"), evidence_tables),
+    "docs/methods.md": (("norms", "tightness"), method_tables),
+    "docs/training.md": (("training",), training_tables),
+    "docs/evidence.md": (("tightness", "speed", "cifar"), evidence_tables),
+    "README.md": (("tightness", "speed", "cifar"), readme_tables),
 }
 
 
 def filled(name: str) -> str:
-    """A page of docs/ with the tables of the stored figures."""
+    """A page, by its path, with the tables of the stored figures."""
     results, make = PAGES[name]
     stored = {result: json.loads((RESULTS / f"{result}-cpu.json").read_text()) for result in results}
-    return fill((ROOT / "docs" / name).read_text(), make(stored))
+    return fill((ROOT / name).read_text(), make(stored))
 
 
 def main() -> None:
     """Fill every page."""
     for name in PAGES:
-        (ROOT / "docs" / name).write_text(filled(name))
-        print(f"wrote the tables of docs/{name}")
+        (ROOT / name).write_text(filled(name))
+        print(f"wrote the tables of {name}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fantastic4 as f4
-from benchmarks import core, speed, tightness, train_cifar
+from benchmarks import certify, core, speed, tightness, train_cifar
 from benchmarks.models import convolutions
 
 RNG = np.random.default_rng(11)
@@ -131,3 +131,16 @@ def test_the_peers_get_the_layers_of_resnet18():
 def test_power_laws_are_read_off_the_larger_half():
     sizes = [1, 2, 4, 8, 16, 32]
     assert speed._exponent(sizes, [5, 5, 5, *(0.1 * s**2 for s in sizes[3:])]) == pytest.approx(2)
+
+
+def test_shifted_images_move_by_one_pixel():
+    images = RNG.random((60, 5, 5, 1))
+    np.testing.assert_array_equal(certify.shifted(jnp.asarray(images), 0.0, jax.random.key(0)), jnp.asarray(images))
+    moved = np.asarray(certify.shifted(jnp.asarray(images), 0.5, jax.random.key(0)))
+    seen = set()
+    for before, now in zip(np.float32(images), moved, strict=True):
+        padded = np.pad(before, ((1, 1), (1, 1), (0, 0)))
+        moves = [(i, j) for i in range(3) for j in range(3) if np.array_equal(now, padded[i : i + 5, j : j + 5])]
+        assert len(moves) == 1
+        seen |= set(moves)
+    assert len(seen) == 9
