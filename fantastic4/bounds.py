@@ -144,7 +144,7 @@ def bound(
     A ladder from cheap to tight; docs/methods.md has the table of costs and gaps.
 
     * ``"four"``: the smallest of `four_bounds`; at most √(taps) above the norm.
-    * ``"weighted"``: the same with weighted taps, the best of three weights; never above ``"four"``.
+    * ``"weighted"``: the same with weighted taps, the best of three weights; up to rounding never above ``"four"``.
     * ``"hybrid"``: one axis on a grid of ``points`` (2k + 2), the others unfolded; the best axis.
     * ``"grid"``: all axes on a grid of ``points`` (3k) an axis; at most Π 1/cos(π(k-1)/2N) above, whatever the kernel.
     * ``"gram"``: the four by ``iterations`` (5) Gram iterations: Schatten norms, whose gradient reaches all large
