@@ -52,7 +52,7 @@ def tight(stored: dict[str, Any]) -> Figure:
     low, median, high = (PUBLISHED[name] for name in ("min", "median", "max"))
     right.plot([low, median, high], [1 / PUBLISHED["layers"], 0.5, 1], "x", color="black", label="published, ResNet-18")
     right.set(xlabel="four bounds / norm", ylabel="share of the layers", ylim=(0, 1.02))
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.legend(facecolor="white", edgecolor="none", fontsize=8, loc="lower right")
     _plain(right, "The four bounds, family by family")
     return figure
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tightness           # prints a table, writes benchmarks/results/tightness-BACKEND.json
 
-Value / σ∞, σ∞ the norm over all input sizes: the lower end of an interval of width 1e-4. Families: the 17 spatial
-kernels of a ResNet-50 trained on ImageNet (`make data`); Gaussian ones; the convolutions of a ResNet trained on
-CIFAR-10, plainly and with the bound in its loss (`python -m benchmarks.train_cifar` trains and keeps them).
+Value / σ∞, σ∞ the norm over all input sizes: the lower end of an interval of width 1e-4 (Gaussian: 1e-3). Families: the
+17 spatial kernels of a ResNet-50 trained on ImageNet (`make data`); Gaussian ones; the convolutions of a ResNet trained
+on CIFAR-10, plainly and with the bound in its loss (`python -m benchmarks.train_cifar` trains and keeps them).
 
 Bounds: R, S, T, U, their minimum, weighted, hybrid, grid, gram, gram_conv, the upper end of `norm_interval`. Estimates:
 Sedghi and Ryu are of the layer at its own input size, TNN and Miyato of the kernel.
@@ -38,12 +38,14 @@ class Case(NamedTuple):
       kernel: ``(h, w, c_in, c_out)``.
       size: side of its input.
       stride: of the layer.
+      rtol: of the norm; a Gaussian kernel is nearly as large at many frequencies, and each has to be excluded.
     """
 
     name: str
     kernel: np.ndarray
     size: int
     stride: int = 1
+    rtol: float = 1e-4
 
 
 def _upper(kernel: jax.Array, spec: f4.ConvSpec) -> float:
@@ -73,7 +75,7 @@ def methods_of(case: Case) -> dict[str, Callable[[], Any]]:
 
 def measure(case: Case) -> dict[str, Any]:
     """A row: every method's value / σ∞ and the median of three calls in milliseconds."""
-    truth = f4.norm_interval(case.kernel, f4.ConvSpec(strides=case.stride), rtol=1e-4)
+    truth = f4.norm_interval(case.kernel, f4.ConvSpec(strides=case.stride), rtol=case.rtol)
     row: dict[str, Any] = {"name": case.name, "shape": case.kernel.shape, "sup": [truth.lower, truth.upper]}
     four = f4.four_bounds(jnp.asarray(case.kernel), f4.ConvSpec(strides=case.stride))
     row["reached"] = truth.reached
@@ -93,7 +95,10 @@ def measure(case: Case) -> dict[str, Any]:
 
 def rows_of(cases: Iterator[Case]) -> dict[str, Any]:
     """A family: its rows, the products over its layers, how the four bounds fare."""
-    rows = [measure(case) for case in cases]
+    rows = []
+    for case in cases:
+        rows.append(measure(case))
+        jax.clear_caches()  # of no use to the next; with some hundred programs XLA's compiler was seen to stand still
     labels = [label for label in rows[0] if isinstance(rows[0][label], dict)]
     products = {
         f"product of {label} / sup": math.prod(row[label]["ratio"] for row in rows)
@@ -113,11 +118,11 @@ def _resnet50() -> Iterator[Case]:
 def _gaussian() -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for h, c_in, c_out, size in (
-        (1, 64, 128, 28), (3, 3, 64, 32), (3, 64, 64, 28), (3, 128, 128, 28), (3, 64, 256, 14),
-        (5, 64, 64, 12), (7, 3, 64, 112), (7, 32, 32, 28),
+        (1, 64, 128, 28), (3, 3, 64, 32), (3, 64, 64, 28), (3, 32, 128, 14), (5, 16, 64, 12), (5, 32, 32, 12),
+        (7, 3, 64, 112), (7, 16, 16, 28),
     ):  # fmt: skip
         kernel = rng.standard_normal((h, h, c_in, c_out)).astype(np.float32)
-        yield Case(f"Gaussian {h}×{h}×{c_in}×{c_out}", kernel, size)
+        yield Case(f"Gaussian {h}×{h}×{c_in}×{c_out}", kernel, size, rtol=1e-3)
 
 
 def _cifar(arm: str) -> Iterator[Case]:
