@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,8 +20,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-import fantastic4 as f4
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,12 +62,16 @@ def machine() -> dict[str, Any]:
             if "model name" in line
         ]
         cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    installed = {}
+    for name in ("fantastic4", "jax", "jaxlib", "flax", "optax", "equinox", "numpy", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {"fantastic4": f4.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "versions": installed,
     }
 
 
