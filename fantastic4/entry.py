@@ -97,7 +97,10 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = signature.bind(*args, **kwargs)
+            try:
+                given = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
             for name, value in given.arguments.items():
                 if name in static:
                     given.arguments[name] = static[name](name, value)

@@ -107,3 +107,8 @@ def test_bad_input_is_a_value_error_that_names_the_fix(name):
 def test_it_is_raised_while_tracing():
     with pytest.raises(ValueError, match="groups 3 must divide"):
         jax.jit(lambda k: f4.four_bounds(k, f4.ConvSpec(groups=3)).min()).lower(K)
+
+
+def test_a_missing_argument_names_the_function():
+    with pytest.raises(TypeError, match="estimate_tnn: missing a required argument: 'key'"):
+        f4.estimate_tnn(jnp.ones((3, 3, 1, 1)))
