@@ -238,7 +238,7 @@ def readme_tables(stored: dict[str, Any]) -> dict[str, str]:
         "the four matrices in PyTorch, as published": "paper's formula in PyTorch, value",
         "the same with the taps outermost": "paper's formula in PyTorch with taps outermost, value",
         "Ryu, one iteration at 224×224": "Ryu, one iteration at 224×224, value",
-        "Sedghi in NumPy at 224×224, from a sample of frequencies, no gradient": "Sedghi in NumPy at 224×224, no gradient",
+        "Sedghi in NumPy at 224×224, from a sample, no gradient": "Sedghi in NumPy at 224×224, no gradient",
         "reading the kernels once: the limit": "read the kernels once",
     }
     temporary = {"four bounds, value": "four bounds", "paper's formula in JAX, value": "paper's formula in JAX"}
