@@ -246,8 +246,8 @@ def _train_lipschitz(recipe: Recipe, train: data.Images, advance: Callable[[], N
                 logits, new = model.apply(everything, images[chosen], update_stats=True, mutable=list(state))
                 # Margins are worth √2 ε each: a hinge beyond that, on a scale on which cross-entropy is sharp.
                 y = labels[chosen]
-                shifted = logits + jnp.where(jax.nn.one_hot(y, CLASSES, dtype=bool), 0, 2**0.5 * EPSILON)
-                return cross_entropy(shifted, y, recipe.sharpness), new
+                led = logits + jnp.where(jax.nn.one_hot(y, CLASSES, dtype=bool), 0, 2**0.5 * EPSILON)
+                return cross_entropy(led, y, recipe.sharpness), new
 
             (_, state), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
             updates, opt_state = tx.update(gradients, opt_state)

@@ -93,34 +93,37 @@ def four_matrices(kernels: list[jax.Array], states: list[list[jax.Array]]) -> An
     return total, new
 
 
+def contenders(kernels: list[jax.Array]) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """The three functions above by their names, each with a state to start from."""
+    shapes = [k.shape for k in kernels]
+    states: dict[Callable[..., Any], Any] = {
+        ours: [f4.init(k, key=jax.random.key(i)) for i, k in enumerate(kernels)],
+        miyato: [jnp.ones((1, o)) for *_, o in shapes],
+        four_matrices: [[jnp.ones(n) for n in (h * o, w * o, o, h * w * o)] for h, w, _, o in shapes],
+    }
+    return {function.__name__: (function, state) for function, state in states.items()}
+
+
 def step_cost(rounds: int) -> dict[str, Any]:
     """Value and gradient of the sum over ResNet-18's 20 kernels."""
     kernels = resnet18()
-    states = {
-        "ours": [f4.init(k, key=jax.random.key(i)) for i, k in enumerate(kernels)],
-        "miyato": [jnp.ones((1, k.shape[-1])) for k in kernels],
-        "four_matrices": [
-            [jnp.ones(n) for n in (h * o, w * o, o, h * w * o)] for h, w, _, o in (k.shape for k in kernels)
-        ],
-    }
     calls: dict[str, Callable[[], Any]] = {}
     result: dict[str, Any] = {}
-    for function in (ours, miyato, four_matrices):
-        name = function.__name__
+    for name, (function, start) in contenders(kernels).items():
         begin = time.perf_counter()
-        traced = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(kernels, states[name])
+        traced = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(kernels, start)
         step = traced.compile()
         result[f"compile_s {name}"] = time.perf_counter() - begin
         memory = step.memory_analysis()
         result[f"temporary_mb {name}"] = memory.temp_size_in_bytes / 1e6 if memory else math.nan
-        calls[f"step_ms {name}"] = partial(step, kernels, states[name])
-        forward = jax.jit(function).lower(kernels, states[name]).compile()
-        calls[f"forward_ms {name}"] = partial(forward, kernels, states[name])
+        calls[f"step_ms {name}"] = partial(step, kernels, start)
+        forward = jax.jit(function).lower(kernels, start).compile()
+        calls[f"forward_ms {name}"] = partial(forward, kernels, start)
     read = jax.jit(lambda kernels: [jnp.sum(k) for k in kernels])
     calls["read_weights_once_ms"] = lambda: read(kernels)
     result |= interleaved(calls, rounds)
     again: Any = jax.jit(jax.value_and_grad(ours, has_aux=True))
-    (_, state), _ = again(kernels, states["ours"])
+    (_, state), _ = again(kernels, contenders(kernels)["ours"][1])
     again(kernels, state)
     result["programs_after_two_calls"] = again._cache_size()
     result["largest_kernel_mb"] = max(k.nbytes for k in kernels) / 1e6

@@ -180,12 +180,14 @@ class SpatialKernel(NamedTuple):
     Attributes:
       name: of its layer.
       kernel: ``(h, w, c_in, c_out)``.
+      stride: of its layer; the stem's is 2.
       size: side of its input, for 224×224 images.
       size_in_paper: side of the input at which the paper evaluates a stage, four times larger.
     """
 
     name: str
     kernel: np.ndarray
+    stride: int
     size: int
     size_in_paper: int
 
@@ -193,11 +195,11 @@ class SpatialKernel(NamedTuple):
 def resnet50_spatial_kernels() -> list[SpatialKernel]:
     """The 7×7 stem and the 3×3 kernels of the 16 blocks, in order."""
     weights = resnet50()
-    kernels = [SpatialKernel("conv1", weights["conv1/kernel"], 224, 224)]
+    kernels = [SpatialKernel("conv1", weights["conv1/kernel"], 2, 224, 224)]
     for stage, blocks, size in (("2", "abc", 56), ("3", "abcd", 28), ("4", "abcdef", 14), ("5", "abc", 7)):
         for block in blocks:
             name = f"res{stage}{block}_branch2b"
-            kernels.append(SpatialKernel(name, weights[f"{name}/kernel"], size, 4 * size))
+            kernels.append(SpatialKernel(name, weights[f"{name}/kernel"], 1, size, 4 * size))
     return kernels
 
 

@@ -65,6 +65,7 @@ class ResNet(nn.Module):
 
 resnet32 = partial(ResNet, (5, 5, 5), 16, 10, small_images=True, pad_shortcut=True)  # the paper's, for CIFAR-10
 resnet18_cifar = partial(ResNet, (2, 2, 2, 2), 64, 10, small_images=True)
+resnet18 = partial(ResNet, (2, 2, 2, 2), 64, 1000)
 resnet50 = partial(ResNet, (3, 4, 6, 3), 64, 1000, bottleneck=True)
 
 

@@ -23,11 +23,6 @@ from benchmarks import data, harness
 from benchmarks.harness import interleaved
 
 
-def spec_of(name: str) -> f4.ConvSpec:
-    """The stem has stride 2; the others have none."""
-    return f4.ConvSpec(strides=2 if name == "conv1" else 1)
-
-
 def sedghi(kernel: np.ndarray, n: int) -> np.ndarray:
     """All singular values of the circular convolution, as Sedghi et al. print it."""
     return np.linalg.svd(np.fft.fft2(kernel, (n, n), axes=(0, 1)), compute_uv=False)
@@ -55,14 +50,15 @@ def intervals(rounds: int) -> dict[str, Any]:
     del rounds
     rows, ours, first, product = [], 0.0, 0.0, 1.0
     true_sizes, paper_sizes = 0.0, 0.0
-    for name, kernel, size, paper in data.resnet50_spatial_kernels():
+    for name, kernel, stride, size, paper in data.resnet50_spatial_kernels():
+        spec = f4.ConvSpec(strides=stride)
         begin = time.perf_counter()
-        f4.norm_interval(kernel, spec_of(name))
+        f4.norm_interval(kernel, spec)
         first += time.perf_counter() - begin
         times = []
         for _ in range(3):
             begin = time.perf_counter()
-            interval = f4.norm_interval(kernel, spec_of(name))
+            interval = f4.norm_interval(kernel, spec)
             times.append(time.perf_counter() - begin)
         here, there = sedghi_seconds(kernel, size), sedghi_seconds(kernel, paper)
         rows.append({
@@ -88,7 +84,7 @@ def intervals(rounds: int) -> dict[str, Any]:
 def training(rounds: int) -> dict[str, Any]:
     """Value and gradient of the sum over the 17 kernels, one warm step of each rung."""
     kernels = data.resnet50_spatial_kernels()
-    arrays, specs = [jnp.asarray(k.kernel) for k in kernels], [spec_of(k.name) for k in kernels]
+    arrays, specs = [jnp.asarray(k.kernel) for k in kernels], [f4.ConvSpec(strides=k.stride) for k in kernels]
     calls: dict[str, Callable[[], Any]] = {}
     result: dict[str, Any] = {}
     rungs: dict[str, tuple[str, int | None]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from benchmarks.tightness import PUBLISHED
-from benchmarks.train_cifar import summary
+from benchmarks.train_cifar import COLUMNS, cells, summary
 
 PAPER = "seconds, Sedghi at the paper's sizes"
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,14 +182,9 @@ def evidence_tables(stored: dict[str, Any]) -> dict[str, str]:
         if not name.startswith("exponent"):
             pairs = ", ".join(f"{s}: {t:.2g}" for s, t in zip(sweep["sizes"], sweep["ms"], strict=True))
             growth.append([name, pairs, f"{speed['scaling'][f'exponent {name}']:.2f}"])
-    foot = speed["footprint"]
-    names = [name.removeprefix("temporary_mb ") for name in foot if name.startswith("temporary_mb")]
-    footprint = [[n, f"{foot[f'temporary_mb {n}']:.1f}", f"{foot[f'compile_s {n}']:.2f}"] for n in names]
-    arms = []
-    for row in summary(cifar):
-        cells = [f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f}" for key in ("test", "train", "gap")]
-        powers = [f"10^{row[key][0]:.1f}" for key in ("norms", "bounds")]
-        arms.append([row["arm"], str(row["seeds"]), *cells, *powers, f"{row['epoch_s']:.1f}"])
+    step = stored["core"]["step"]
+    titles = {"ours": "four bounds", "miyato": "Flax's heuristic alone", "four_matrices": "paper's formula in JAX"}
+    footprint = [[t, f"{step[f'temporary_mb {n}']:.1f}", f"{step[f'compile_s {n}']:.2f}"] for n, t in titles.items()]
     columns = ["layers", "mean", "median", "max", "min", "∏ four", "∏ weighted", "∏ grid 3k", "∏ interval"]
     return {
         "families": _markdown(["kernels", *columns], families),
@@ -199,9 +194,7 @@ def evidence_tables(stored: dict[str, Any]) -> dict[str, str]:
         "peers": _markdown(["", "what", "ms", "/ four bounds"], costs),
         "scaling": _markdown(["sweep", "ms at each size", "exponent"], growth),
         "footprint": _markdown(["", "temporaries, MB", "tracing and compiling, s"], footprint),
-        "training": _markdown(
-            ["arm", "seeds", "test, %", "train, %", "train - test", "∏ norms", "∏ bounds", "s an epoch"], arms
-        ),
+        "training": _markdown(list(COLUMNS), [cells(row) for row in summary(cifar)]),
     }
 
 
@@ -218,12 +211,7 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 def readme_tables(stored: dict[str, Any]) -> dict[str, str]:
     """Tables of README.md by the name of their place in the page."""
-    tight, peers, foot, cifar = (
-        stored["tightness"],
-        stored["speed"]["peers"],
-        stored["speed"]["footprint"],
-        stored["cifar"],
-    )
+    tight, peers = stored["tightness"], stored["speed"]["peers"]
     methods = ("four", "weighted", "grid", "interval, upper", "Miyato")
     families = []
     for key, title in FAMILIES.items():
@@ -241,28 +229,21 @@ def readme_tables(stored: dict[str, Any]) -> dict[str, str]:
         "Sedghi in NumPy at 224×224, from a sample, no gradient": "Sedghi in NumPy at 224×224, no gradient",
         "reading the kernels once: the limit": "read the kernels once",
     }
-    temporary = {"four bounds, value": "four bounds", "paper's formula in JAX, value": "paper's formula in JAX"}
-    costs = []
-    for title, name in rows.items():
-        ms, memory = peers[f"ms {name}"], temporary.get(name)
-        mb = f"{foot[f'temporary_mb {memory}']:.1f} MB" if memory else ""
-        costs.append([title, _number(ms), _number(ms / own), mb])
-    arms = []
-    for row in summary(cifar):
-        test, gap = (f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f}" for key in ("test", "gap"))
-        arms.append([row["arm"], test, gap, f"10^{row['norms'][0]:.1f}", f"{row['epoch_s']:.1f}"])
+    costs = [[title, _number(peers[f"ms {name}"]), _number(peers[f"ms {name}"] / own)] for title, name in rows.items()]
+    chosen = [COLUMNS.index(name) for name in ("arm", "test, %", "train - test", "∏ norms", "s an epoch")]
+    arms = [[cells(row)[i] for i in chosen] for row in summary(stored["cifar"])]
     products = ["∏ four", "∏ weighted", "∏ grid 3k", "∏ interval", "∏ Miyato"]
     return {
         "tight": _markdown(["value / norm", "layers", "four: mean", "max", *products], families),
-        "cheap": _markdown(["one step, ResNet-18's 20 kernels", "ms", "/ ours", "temporaries"], costs),
-        "helps": _markdown(["arm", "test accuracy, %", "train - test", "∏ norms", "s an epoch"], arms),
+        "cheap": _markdown(["one step, ResNet-18's 20 kernels", "ms", "/ ours"], costs),
+        "helps": _markdown([COLUMNS[i] for i in chosen], arms),
     }
 
 
 PAGES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], dict[str, str]]]] = {
     "docs/methods.md": (("norms", "tightness"), method_tables),
     "docs/training.md": (("training",), training_tables),
-    "docs/evidence.md": (("tightness", "speed", "cifar"), evidence_tables),
+    "docs/evidence.md": (("tightness", "speed", "core", "cifar"), evidence_tables),
     "README.md": (("tightness", "speed", "cifar"), readme_tables),
 }
 

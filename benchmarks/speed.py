@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,14 +27,12 @@ from flax import linen as nn
 from flax import nnx
 
 import fantastic4 as f4
-from benchmarks import harness, norms
-from benchmarks.core import four_matrices, miyato, ours, resnet18
+from benchmarks import harness, models, norms
+from benchmarks.core import contenders, ours, resnet18
+from benchmarks.models import convolutions
 from fantastic4 import heuristics
 
 KEY = jax.random.key(0)
-# Input sizes of ResNet-18's 20 kernels for images of 224×224, and the strides.
-SIZES = [224, *[56] * 4, *[56, 28, 56], *[28] * 2, *[28, 14, 28], *[14] * 2, *[14, 7, 14], *[7] * 2]
-STRIDES = [2, *[1] * 4, *[2, 1, 2], 1, 1, *[2, 1, 2], 1, 1, *[2, 1, 2], 1, 1]
 
 
 class Kernel(nn.Module):
@@ -179,38 +176,50 @@ def _torch_steps(kernels: list[jax.Array]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _ours_normalised(kernels: list[jax.Array], states: Any) -> Any:
-    steps = [f4.step(k, s) for k, s in zip(kernels, states, strict=True)]
-    divided = [jnp.vdot(k / four.min(), jax.lax.stop_gradient(k)) for k, (four, _) in zip(kernels, steps, strict=True)]
-    return sum(divided), [state for _, state in steps]
+def _normalised_step(kernels: list[jax.Array]) -> Callable[[], Any]:
+    """Ours, of the same layers: ⟨kernel / bound, x⟩."""
+    targets = [jnp.array(k) for k in kernels]  # copies, as the layers' inputs are for the others
+
+    def total(kernels: list[jax.Array], states: Any) -> Any:
+        steps = [f4.step(k, s) for k, s in zip(kernels, states, strict=True)]
+        divided = [k / four.min() for k, (four, _) in zip(kernels, steps, strict=True)]
+        return sum(map(jnp.vdot, divided, targets)), [state for _, state in steps]
+
+    return _gradient(total, kernels, contenders(kernels)["ours"][1])
 
 
-def _ryu(kernels: list[jax.Array], states: Any) -> Any:
-    steps = [
-        heuristics.ryu_step(k, s, f4.ConvSpec(strides=stride))
-        for k, s, stride in zip(kernels, states, STRIDES, strict=True)
+def _ryu_step(kernels: list[jax.Array], layers: list[tuple[int, f4.ConvSpec]]) -> Callable[[], Any]:
+    states = [
+        heuristics.ryu_init(k, (n, n), spec, key=KEY, warmup=0) for k, (n, spec) in zip(kernels, layers, strict=True)
     ]
-    return sum(value for value, _ in steps), [state for _, state in steps]
+
+    def total(kernels: list[jax.Array], states: Any) -> Any:
+        steps = [heuristics.ryu_step(k, s, spec) for k, s, (_, spec) in zip(kernels, states, layers, strict=True)]
+        return sum(value for value, _ in steps), [state for _, state in steps]
+
+    return _gradient(total, kernels, states)
+
+
+def _gradient(function: Callable[..., Any], kernels: list[jax.Array], state: Any) -> Callable[[], Any]:
+    return partial(jax.jit(jax.value_and_grad(function, has_aux=True)), kernels, state)
+
+
+def layers() -> list[tuple[int, f4.ConvSpec]]:
+    """Side of the input, for images of 224×224, and strides of the layers of `benchmarks.core.resnet18`'s kernels."""
+    found = convolutions(models.resnet18(), 224).values()
+    return [(shape[0], f4.ConvSpec(strides=fields["strides"] or 1)) for fields, shape in found]
 
 
 def peers(rounds: int) -> dict[str, Any]:
-    """One warm step with its gradient of each, and Sedghi's formula in NumPy once for all kernels."""
+    """One warm step with its gradient of each, and Sedghi's formula in NumPy, without strides, for all kernels."""
     kernels = resnet18()
-    states = [f4.init(k, key=KEY) for k in kernels]
-    matrices = [[jnp.ones(n) for n in (h * o, w * o, o, h * w * o)] for h, w, _, o in (k.shape for k in kernels)]
-    ryu = [
-        heuristics.ryu_init(k, (n, n), f4.ConvSpec(strides=s), key=KEY, warmup=0)
-        for k, n, s in zip(kernels, SIZES, STRIDES, strict=True)
-    ]
-
-    def gradient(function: Callable[..., Any], state: Any) -> Callable[[], Any]:
-        return partial(jax.jit(jax.value_and_grad(function, has_aux=True)), kernels, state)
-
+    titles = {"ours": "four bounds", "miyato": "Flax's heuristic alone", "four_matrices": "paper's formula in JAX"}
     calls: dict[str, Callable[[], Any]] = {
-        "four bounds, value": gradient(ours, states),
-        "Flax's heuristic alone, value": gradient(miyato, [jnp.ones((1, k.shape[-1])) for k in kernels]),
-        "paper's formula in JAX, value": gradient(four_matrices, matrices),
-        "four bounds, normalised": gradient(_ours_normalised, states),
+        f"{titles[name]}, value": _gradient(function, kernels, state)
+        for name, (function, state) in contenders(kernels).items()
+    }
+    calls |= {
+        "four bounds, normalised": _normalised_step(kernels),
         "Flax linen SpectralNorm, normalised": _linen_step(kernels),
         "Flax NNX SpectralNorm, normalised": _nnx_step(kernels),
         "Equinox SpectralNorm, normalised": _equinox_step(kernels),
@@ -219,25 +228,25 @@ def peers(rounds: int) -> dict[str, Any]:
     if importlib.util.find_spec("torch"):
         calls |= _torch_steps(kernels)
     times = harness.interleaved(calls, rounds)
-    # It takes seconds: apart, or the others would find cold caches.
-    times |= harness.interleaved({"Ryu, one iteration at 224×224, value": gradient(_ryu, ryu)}, 3, warm=1)
+    # It takes a tenth of a second: apart, or the others would find cold caches.
+    where = layers()
+    times |= harness.interleaved({"Ryu, one iteration at 224×224, value": _ryu_step(kernels, where)}, 3, warm=1)
     result: dict[str, Any] = {f"ms {name}": value for name, value in times.items()}
-    sedghi = sum(norms.sedghi_seconds(np.asarray(k), n) for k, n in zip(kernels, SIZES, strict=True))
+    sedghi = sum(norms.sedghi_seconds(np.asarray(k), n) for k, (n, _) in zip(kernels, where, strict=True))
     result["ms Sedghi in NumPy at 224×224, no gradient"] = 1e3 * sedghi
     value = result["ms four bounds, value"]
     result["ratio four bounds / Flax's heuristic (target <= 1.7)"] = value / result["ms Flax's heuristic alone, value"]
     if "ms paper's formula in PyTorch, value" in result:
         paper = result["ms paper's formula in PyTorch, value"]
         result["ratio paper's formula in PyTorch / four bounds (target >= 10)"] = paper / value
+    own = result["ms four bounds, normalised"]
     for peer in ("Flax linen SpectralNorm", "Flax NNX SpectralNorm", "Equinox SpectralNorm"):
-        own = result["ms four bounds, normalised"]
         result[f"ratio four bounds / {peer}, normalised"] = own / result[f"ms {peer}, normalised"]
     return result
 
 
 def _step_of(kernels: list[jax.Array]) -> Callable[[], Any]:
-    states = [f4.init(k, key=KEY, warmup=0) for k in kernels]
-    return partial(jax.jit(jax.value_and_grad(ours, has_aux=True)), kernels, states)
+    return _gradient(ours, kernels, [f4.init(k, key=KEY, warmup=0) for k in kernels])
 
 
 def _exponent(sizes: list[int], times: list[float]) -> float:
@@ -276,33 +285,6 @@ def scaling(rounds: int) -> dict[str, Any]:
     return result
 
 
-def footprint(rounds: int) -> dict[str, Any]:
-    """Memory beside the kernels, seconds of tracing and compiling, for ResNet-18's kernels."""
-    kernels = resnet18()
-    states = [f4.init(k, key=KEY) for k in kernels]
-    matrices = [[jnp.ones(n) for n in (h * o, w * o, o, h * w * o)] for h, w, _, o in (k.shape for k in kernels)]
-    functions: dict[str, tuple[Callable[..., Any], Any]] = {
-        "four bounds": (ours, states),
-        "Flax's heuristic alone": (miyato, [jnp.ones((1, k.shape[-1])) for k in kernels]),
-        "paper's formula in JAX": (four_matrices, matrices),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    result: dict[str, Any] = {
-        "mb kernels": sum(k.nbytes for k in kernels) / 1e6,
-        "mb largest kernel": max(k.nbytes for k in kernels) / 1e6,
-        "mb state, four bounds": sum(leaf.nbytes for leaf in jax.tree.leaves(states)) / 1e6,
-    }
-    for _ in range(max(3, rounds // 10)):
-        for name, (function, state) in functions.items():
-            jax.clear_caches()
-            begin = time.perf_counter()
-            compiled = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(kernels, state).compile()
-            seconds[name].append(time.perf_counter() - begin)
-            memory = compiled.memory_analysis()
-            result[f"temporary_mb {name}"] = memory.temp_size_in_bytes / 1e6 if memory else math.nan
-    return result | {f"compile_s {name}": float(np.median(values)) for name, values in seconds.items()}
-
-
 def roofline(rounds: int) -> dict[str, Any]:
     """The least that a step must move against what it takes.
 
@@ -319,7 +301,7 @@ def roofline(rounds: int) -> dict[str, Any]:
     times = harness.interleaved(calls, rounds)
     total = sum(k.nbytes for k in kernels)
     read, write = large.nbytes / times["sum"] / 1e6, 2 * large.nbytes / times["copy"] / 1e6
-    least = 2 * total / read / 1e6 + 2 * total / write / 1e6 / 2
+    least = (2 * total / read + total / write) / 1e6
     return {
         "GB/s, sum": read, "GB/s, copy": write,
         "ms three passes over the kernels": least,
@@ -328,7 +310,7 @@ def roofline(rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {"peers": peers, "scaling": scaling, "footprint": footprint, "roofline": roofline}
+PARTS = {"peers": peers, "scaling": scaling, "roofline": roofline}
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def methods_of(case: Case) -> dict[str, Callable[[], Any]]:
 
 def measure(case: Case) -> dict[str, Any]:
     """A row: every method's value / σ∞ and the median of three calls in milliseconds."""
-    truth = f4.norm_interval(case.kernel, f4.ConvSpec(strides=case.stride), rtol=case.rtol)
+    spec = f4.ConvSpec(strides=case.stride)
+    truth = f4.norm_interval(case.kernel, spec, rtol=case.rtol)
     row: dict[str, Any] = {"name": case.name, "shape": case.kernel.shape, "sup": [truth.lower, truth.upper]}
-    four = f4.four_bounds(jnp.asarray(case.kernel), f4.ConvSpec(strides=case.stride))
-    row["reached"] = truth.reached
+    four = f4.four_bounds(jnp.asarray(case.kernel), spec)
     row |= {name: {"ratio": float(value) / truth.lower} for name, value in zip(four.names, four.values, strict=True)}
     for label, method in methods_of(case).items():
         value, times = float(jax.block_until_ready(method())), []
@@ -111,8 +111,8 @@ def rows_of(cases: Iterator[Case]) -> dict[str, Any]:
 
 
 def _resnet50() -> Iterator[Case]:
-    for name, kernel, size, _ in data.resnet50_spatial_kernels():
-        yield Case(name, kernel, size, 2 if name == "conv1" else 1)
+    for name, kernel, stride, size, _ in data.resnet50_spatial_kernels():
+        yield Case(name, kernel, size, stride)
 
 
 def _gaussian() -> Iterator[Case]:
@@ -126,7 +126,7 @@ def _gaussian() -> Iterator[Case]:
 
 
 def _cifar(arm: str) -> Iterator[Case]:
-    where = train_cifar.specs(train_cifar.Setting().model)
+    where = train_cifar.circular_layers(train_cifar.Setting().model)
     for path, kernel in train_cifar.kernels(arm, seed=0).items():
         spec, shape = where[path]
         yield Case(path.removesuffix("/kernel"), kernel, shape[0], int(np.max(spec.strides)))
@@ -136,7 +136,7 @@ PARTS = {
     "resnet50": lambda rounds: rows_of(_resnet50()),
     "gaussian": lambda rounds: rows_of(_gaussian()),
     "cifar, plain": lambda rounds: rows_of(_cifar("none")),
-    "cifar, with the bound": lambda rounds: rows_of(_cifar(f"bound, β {train_cifar.BETAS[1]:g}")),
+    "cifar, with the bound": lambda rounds: rows_of(_cifar(train_cifar.bound_arm(train_cifar.BETAS[1]))),
 }
 
 

@@ -70,16 +70,113 @@ class Setting(NamedTuple):
 PAPER = Setting(5, 16, 200, 50_000, augment=True)
 
 
-def specs(model: ResNet) -> dict[str, tuple[f4.ConvSpec, tuple[int, ...]]]:
+Layers = tuple[network.Layer, ...]
+Arm = Callable[[Setting, Layers, optax.GradientTransformation], optax.GradientTransformation]
+
+
+def circular_layers(model: ResNet) -> dict[str, tuple[f4.ConvSpec, tuple[int, ...]]]:
     """For every kernel's path: its layer, with circular padding, and the size of its input."""
-    found = {}
-    for path, (fields, shape) in convolutions(model, 32).items():
-        found[path] = f4.ConvSpec(strides=fields["strides"] or 1, padding="CIRCULAR"), shape[:2]
-    return found
+    return {
+        path: (f4.ConvSpec(strides=fields["strides"] or 1, padding="CIRCULAR"), shape[:2])
+        for path, (fields, shape) in convolutions(model, 32).items()
+    }
+
+
+def _start(params: Any, layers: Layers, start: Callable[[str, Array, Array], Any]) -> dict[str, Any]:
+    """``start(path, kernel, key)`` of every kernel, by path."""
+    leaves = network.leaves_at(params, layers)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return {path: start(path, kernel, key) for (path, kernel), key in zip(leaves.items(), keys, strict=True)}
+
+
+def add_yoshida_penalty(factor: float, layers: Layers) -> optax.GradientTransformation:
+    """The gradient of ½ λ Σ ‖T‖², of this library's `fantastic4.heuristics.yoshida_penalty`; its states by path."""
+
+    def init(params: Any) -> dict[str, Any]:
+        return _start(params, layers, lambda _, kernel, key: heuristics.miyato_init(kernel, key=key))
+
+    def update(updates: Any, powers: dict[str, Any], params: Any = None) -> tuple[Any, dict[str, Any]]:
+        def penalty(leaves: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
+            terms = {p: heuristics.yoshida_penalty(kernel, powers[p]) for p, kernel in leaves.items()}
+            return sum((v for v, _ in terms.values()), jnp.zeros(())), {p: new for p, (_, new) in terms.items()}
+
+        gradients, new = jax.grad(penalty, has_aux=True)(network.leaves_at(params, layers))
+        old = network.leaves_at(updates, layers)
+        return network.replace(updates, {p: old[p] + factor * gradients[p] for p in gradients}), new
+
+    return optax.GradientTransformation(init, update)
+
+
+def gouk_projection(maximum: float, layers: Layers, model: ResNet) -> optax.GradientTransformation:
+    """`fantastic4.heuristics.gouk_project` after every update: one iteration, at the layer's input size."""
+    where = circular_layers(model)
+
+    def init(params: Any) -> dict[str, Any]:
+        def start(path: str, kernel: Array, key: Array) -> heuristics.RyuState:
+            spec, shape = where[path]
+            return heuristics.ryu_init(kernel, shape, spec, key=key)
+
+        return _start(params, layers, start)
+
+    def update(updates: Any, powers: dict[str, Any], params: Any = None) -> tuple[Any, dict[str, Any]]:
+        old, given = network.leaves_at(params, layers), network.leaves_at(updates, layers)
+        done = {p: heuristics.gouk_project(old[p] + given[p], maximum, powers[p], where[p][0]) for p in old}
+        projected = {p: kernel - old[p] for p, (kernel, _) in done.items()}
+        return network.replace(updates, projected), {p: power for p, (_, power) in done.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def clipping(setting: Setting, every: int) -> optax.GradientTransformation:
+    """Sedghi's, of every convolution at its own input size."""
+    where = circular_layers(setting.model)
+    shapes, specs = {p: shape for p, (_, shape) in where.items()}, {p: spec for p, (spec, _) in where.items()}
+    return transforms.clip_spectrum(CLIP, shapes, every=every, specs=specs)
+
+
+BETAS = 8e-4, 3e-3, 1e-2  # the first is the paper's
+DECAY, YOSHIDA, CLIP, GOUK = 1e-4, 1e-2, 1.0, 2.0
+CLIPPING = f"Sedghi clip at {CLIP:g}, every 100"
+
+
+def bound_arm(beta: float) -> str:
+    """Its name."""
+    return f"bound, β {beta:g}"
+
+
+def _with_bound(beta: float) -> Arm:
+    penalty = transforms.add_spectral_penalty(beta, select=is_convolution)
+    return lambda setting, layers, sgd: optax.chain(penalty, sgd)
+
+
+ARMS: dict[str, Arm] = {
+    "none": lambda setting, layers, sgd: sgd,
+    f"weight decay {DECAY:g}": lambda setting, layers, sgd: optax.chain(optax.add_decayed_weights(DECAY), sgd),
+    **{bound_arm(beta): _with_bound(beta) for beta in BETAS},
+    f"Yoshida & Miyato, λ {YOSHIDA:g}": lambda setting, layers, sgd: optax.chain(
+        add_yoshida_penalty(YOSHIDA, layers), sgd
+    ),
+    CLIPPING: lambda setting, layers, sgd: optax.chain(sgd, clipping(setting, every=100)),
+    f"Gouk projection to {GOUK:g}": lambda setting, layers, sgd: optax.chain(
+        sgd, gouk_projection(GOUK, layers, setting.model)
+    ),
+}
+
+
+def learning_rate(setting: Setting) -> optax.Schedule:
+    """0.1, and a tenth of what it was at half of the steps and at three quarters."""
+    steps = setting.steps * setting.epochs
+    return optax.piecewise_constant_schedule(0.1, {steps // 2: 0.1, steps * 3 // 4: 0.1})
+
+
+def optimiser(arm: str, setting: Setting, params: Any) -> optax.GradientTransformation:
+    """SGD with what the arm puts before or behind it."""
+    sgd = optax.sgd(learning_rate(setting), momentum=0.9)
+    return ARMS[arm](setting, network.find(params, select=is_convolution), sgd)
 
 
 def _file(arm: str, seed: int) -> Path:
-    return OUTPUT / f"{ARMS.index(arm)}-{seed}.npz"
+    return OUTPUT / f"{list(ARMS).index(arm)}-{seed}.npz"
 
 
 def kernels(arm: str, seed: int) -> dict[str, np.ndarray]:
@@ -88,92 +185,6 @@ def kernels(arm: str, seed: int) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"no {_file(arm, seed)}: run `python -m benchmarks.train_cifar --arms {arm!r}` first")
     with np.load(_file(arm, seed)) as stored:
         return dict(stored)
-
-
-class YoshidaState(NamedTuple):
-    """Power iteration on every T."""
-
-    powers: dict[str, Any]
-
-
-def add_yoshida_penalty(factor: float, layers: tuple[network.Layer, ...]) -> optax.GradientTransformation:
-    """The gradient of ½ λ Σ ‖T‖², of this library's `fantastic4.yoshida_penalty`."""
-
-    def init(params: Any) -> YoshidaState:
-        leaves = network.leaves_at(params, layers)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        pairs = zip(leaves.items(), keys, strict=True)
-        return YoshidaState({p: heuristics.miyato_init(k, key=key) for (p, k), key in pairs})
-
-    def update(updates: Any, state: YoshidaState, params: Any = None) -> tuple[Any, YoshidaState]:
-        def penalty(leaves: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
-            terms = {p: heuristics.yoshida_penalty(kernel, state.powers[p]) for p, kernel in leaves.items()}
-            return sum((v for v, _ in terms.values()), jnp.zeros(())), {p: new for p, (_, new) in terms.items()}
-
-        gradients, powers = jax.grad(penalty, has_aux=True)(network.leaves_at(params, layers))
-        old = network.leaves_at(updates, layers)
-        added = {p: old[p] + factor * gradients[p] for p in gradients}
-        return network.replace(updates, added), YoshidaState(powers)
-
-    return optax.GradientTransformation(init, update)
-
-
-class GoukState(NamedTuple):
-    """Power iteration with every convolution."""
-
-    powers: dict[str, heuristics.RyuState]
-
-
-def gouk_projection(maximum: float, layers: tuple[network.Layer, ...], model: ResNet) -> optax.GradientTransformation:
-    """`fantastic4.gouk_project` of every kernel after every update: one iteration, at the layer's input size."""
-    where = specs(model)
-
-    def init(params: Any) -> GoukState:
-        leaves = network.leaves_at(params, layers)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        pairs = zip(leaves.items(), keys, strict=True)
-        return GoukState({p: heuristics.ryu_init(k, where[p][1], where[p][0], key=key) for (p, k), key in pairs})
-
-    def update(updates: Any, state: GoukState, params: Any = None) -> tuple[Any, GoukState]:
-        old, given = network.leaves_at(params, layers), network.leaves_at(updates, layers)
-        done = {p: heuristics.gouk_project(old[p] + given[p], maximum, state.powers[p], where[p][0]) for p in old}
-        projected = {p: kernel - old[p] for p, (kernel, _) in done.items()}
-        return network.replace(updates, projected), GoukState({p: power for p, (_, power) in done.items()})
-
-    return optax.GradientTransformation(init, update)
-
-
-BETAS = 8e-4, 3e-3, 1e-2  # the first is the paper's
-DECAY, YOSHIDA, CLIP, GOUK = 1e-4, 1e-2, 1.0, 2.0
-ARMS = (
-    "none",
-    f"weight decay {DECAY:g}",
-    *(f"bound, β {beta:g}" for beta in BETAS),
-    f"Yoshida & Miyato, λ {YOSHIDA:g}",
-    f"Sedghi clip at {CLIP:g}, every 100",
-    f"Gouk projection to {GOUK:g}",
-)
-
-
-def optimiser(arm: str, setting: Setting, params: Any) -> optax.GradientTransformation:
-    """Of an arm."""
-    steps, epochs = setting.steps, setting.epochs
-    rate = optax.piecewise_constant_schedule(0.1, {steps * epochs // 2: 0.1, steps * epochs * 3 // 4: 0.1})
-    sgd = optax.sgd(rate, momentum=0.9)
-    layers = network.find(params, select=is_convolution)
-    if arm.startswith("weight decay"):
-        return optax.chain(optax.add_decayed_weights(DECAY), sgd)
-    if arm.startswith("bound"):
-        return optax.chain(transforms.add_spectral_penalty(float(arm.split("β ")[1]), select=is_convolution), sgd)
-    if arm.startswith("Yoshida"):
-        return optax.chain(add_yoshida_penalty(YOSHIDA, layers), sgd)
-    if arm.startswith("Sedghi"):
-        where = specs(setting.model)
-        shapes, strides = {p: shape for p, (_, shape) in where.items()}, {p: spec for p, (spec, _) in where.items()}
-        return optax.chain(sgd, transforms.clip_spectrum(CLIP, shapes, every=100, specs=strides))
-    if arm.startswith("Gouk"):
-        return optax.chain(sgd, gouk_projection(GOUK, layers, setting.model))
-    return sgd
 
 
 def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -202,7 +213,7 @@ def _accuracy(predict: Callable[..., Array], variables: Any, given: data.Images)
 
 def run(
     arm: str, seed: int, setting: Setting, train: data.Images, test: data.Images, advance: Callable[[], None]
-) -> Any:
+) -> tuple[dict[str, float], dict[str, Array]]:
     """Train once; the figures, and the kernels by path."""
     model, rng = setting.model, np.random.default_rng(seed)
     variables = jax.jit(model.init)(jax.random.key(seed), train.images[:1])
@@ -220,7 +231,7 @@ def run(
         advance()
     predict = jax.jit(model.apply)
     kernels = network.leaves_at(variables["params"], network.find(variables["params"], select=is_convolution))
-    where = specs(model)
+    where = circular_layers(model)
     norms = [float(f4.exact_norm(kernel, where[p][1], where[p][0])) for p, kernel in kernels.items()]
     bounds = [float(f4.bound(kernel)) for kernel in kernels.values()]
     figures = {
@@ -243,16 +254,13 @@ def cost(setting: Setting, rounds: int) -> dict[str, float]:
     for arm in ARMS:
         tx = optimiser(arm, setting, variables["params"])
         calls[arm] = partial(jax.jit(train_step(model, tx)), variables, tx.init(variables["params"]), images, labels)
-    where = specs(model)
-    shapes, strides = {p: shape for p, (_, shape) in where.items()}, {p: spec for p, (spec, _) in where.items()}
-    tx = transforms.clip_spectrum(CLIP, shapes, every=1, specs=strides)
+    tx = clipping(setting, every=1)
     clip, zeros = jax.jit(tx.update), jax.tree.map(jnp.zeros_like, variables["params"])
     calls["clip"] = partial(clip, zeros, tx.init(variables["params"]), variables["params"])
     times = harness.interleaved(calls, rounds, warm=1)
     once = times.pop("clip") / 100
     seconds = {arm: ms * setting.steps / 1e3 for arm, ms in times.items()}
-    clipping = next(arm for arm in ARMS if arm.startswith("Sedghi"))
-    seconds[clipping] += once * setting.steps / 1e3
+    seconds[CLIPPING] += once * setting.steps / 1e3
     return seconds
 
 
@@ -279,30 +287,39 @@ def summary(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+COLUMNS = "arm", "seeds", "test, %", "train, %", "train - test", "∏ norms", "∏ bounds", "s an epoch"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of `summary` under `COLUMNS`."""
+    percent = [f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f}" for key in ("test", "train", "gap")]
+    powers = [f"10^{row[key][0]:.1f}" for key in ("norms", "bounds")]
+    return [row["arm"], str(row["seeds"]), *percent, *powers, f"{row['epoch_s']:.1f}"]
+
+
 def table(figures: dict[str, Any]) -> Table:
     """The summary for a terminal."""
     shown = Table(title="CIFAR-10: mean ± standard deviation over seeds", caption="norms: of circular convolutions")
-    columns = ("arm", "seeds", "test", "train", "train - test", "∏ norms", "∏ bounds", "s an epoch")
-    for i, column in enumerate(columns):
+    for i, column in enumerate(COLUMNS):
         shown.add_column(column, justify="right" if i else "left")
     for row in summary(figures):
-        cells = [f"{100 * row[key][0]:.1f} ± {100 * row[key][1]:.1f} %" for key in ("test", "train", "gap")]
-        powers = [f"10^{row[key][0]:.1f}" for key in ("norms", "bounds")]
-        shown.add_row(row["arm"], str(row["seeds"]), *cells, *powers, f"{row['epoch_s']:.1f}")
+        shown.add_row(*cells(row))
     return shown
 
 
 def main() -> None:
     """Train what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="the paper's size, whatever the next four say")
+    parser.add_argument("--paper", action="store_true", help="the paper's size, whatever the next five say")
     small = Setting()
     parser.add_argument("--blocks", type=int, default=small.blocks, help="in each stage (default %(default)s)")
     parser.add_argument("--width", type=int, default=small.width, help="of the first stage (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=small.epochs, help="default %(default)s")
     parser.add_argument("--images", type=int, default=small.images, help="for training (default %(default)s)")
     parser.add_argument("--augment", action="store_true", help="shift and mirror images at random")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default %(default)s)")
     parser.add_argument("--data", type=Path, default=data.FOLDER, help="has CIFAR-10's files (default %(default)s)")
     parser.add_argument("--cost", action="store_true", help="measure what a step costs instead of training")

@@ -11,12 +11,12 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from fantastic4 import gram, ladder, unfolding
+from fantastic4 import gram, ladder, power, unfolding
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import with_pairs
+from fantastic4.power import PowerState
 from fantastic4.rounding import constant_up, round_up
-from fantastic4.unfolding import PowerState
 
 METHODS = ("four", "weighted", "hybrid", "grid", "gram", "gram_conv")
 
@@ -208,8 +208,8 @@ def init(kernel: Array, spec: ConvSpec = ConvSpec(), *, key: Array, warmup: int 
       ValueError: what `four_bounds` refuses, or a negative ``warmup``.
     """
     kernels, _ = canonical(lax.stop_gradient(kernel), spec)
-    iterate = lambda _, state: unfolding.power_step(kernels, state)[1]  # noqa: E731
-    return lax.fori_loop(0, warmup, iterate, unfolding.start(key, kernels))
+    iterate = lambda _, state: power.step(kernels, state)[1]  # noqa: E731
+    return lax.fori_loop(0, warmup, iterate, power.start(key, kernels))
 
 
 @entry(iterations=count(1))
@@ -259,7 +259,7 @@ def step(
     """
     same_kind("state", state, PowerState, "fantastic4.init(kernel, spec, key=…)")
     kernels, factor = canonical(kernel, spec)
-    wanted = unfolding.state_shape(kernels)
+    wanted = power.state_shape(kernels)
     if state.vectors.shape != wanted or state.scales.shape != (wanted[0], wanted[2]):
         raise ValueError(
             f"this state has vectors of shape {state.vectors.shape}, the kernel {kernel.shape} with this spec "
@@ -267,8 +267,8 @@ def step(
         )
     constant = lax.stop_gradient(kernels)
     state = jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state)
-    iterate = lambda _, state: unfolding.power_step(constant, state)[1]  # noqa: E731
+    iterate = lambda _, state: power.step(constant, state)[1]  # noqa: E731
     if iterations > 1:
         state = lax.fori_loop(0, iterations - 1, iterate, state)
-    pairs, state = unfolding.power_step(constant, state)
+    pairs, state = power.step(constant, state)
     return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=False), state

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fantastic4 import frequency, gram, unfolding
+from fantastic4 import frequency, gram, power, unfolding
 from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
@@ -151,7 +151,7 @@ def init(
         frequency.grid_factor(kernels.shape[1:-2], sizes)
         inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
-        inner = unfolding.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
+        inner = power.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
     iterate = _iterate(kernels, method, points, scale)
     return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
 
@@ -162,9 +162,9 @@ def _iterate(kernels: Array, method: str, points: int | None, scale: Array | Non
         sizes = _grid_sizes(kernels.shape[1:-2], points)
         return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
     if method == "four":
-        return lambda s: unfolding.power_step(kernels, s, scale=scale)
+        return lambda s: power.step(kernels, s, scale=scale)
     scaling = unfolding.weights(unfolding.tap_squares(kernels), TRAINING_POWERS)
-    return lambda s: unfolding.power_step(kernels, s, scaling.taps)
+    return lambda s: power.step(kernels, s, scaling.taps)
 
 
 @entry(iterations=count(1))
@@ -214,7 +214,7 @@ def step(
         sizes = _grid_sizes(spatial, state.points)
         wanted = frequency.state_shape(kernels, len(half_grid(sizes)))
     else:
-        wanted = unfolding.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
+        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
     if state.inner.vectors.shape != wanted:
         raise ValueError(
             f"this state belongs to another kernel than {kernel.shape} with this spec: "

@@ -12,7 +12,7 @@ from fantastic4 import ladder
 from fantastic4.conv import ConvSpec
 from fantastic4.entry import choice, count, optional
 from fantastic4.frequency import GridState
-from fantastic4.unfolding import PowerState
+from fantastic4.power import PowerState
 
 MODES = ("penalty", "soft", "hard")
 

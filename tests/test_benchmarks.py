@@ -1,7 +1,5 @@
 """The parts of the benchmarks that decide what is reported: arms, means, ratios, and that they stop at a violation."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import optax
 import pytest
 
 import fantastic4 as f4
-from benchmarks import certify, core, speed, tightness, train_cifar
+from benchmarks import certify, core, models, speed, tightness, train_cifar
 from benchmarks.models import convolutions
 
 RNG = np.random.default_rng(11)
@@ -69,7 +67,7 @@ def test_gouk_projection_brings_every_layer_to_its_maximum():
     layers = list(f4.network.find(PARAMS, select=lambda _, leaf: leaf.ndim == 4))
     tx = train_cifar.gouk_projection(2.0, tuple(layers), TINY.model)
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, large), tx.init(large), large)
-    after, where = optax.apply_updates(large, updates), train_cifar.specs(TINY.model)
+    after, where = optax.apply_updates(large, updates), train_cifar.circular_layers(TINY.model)
     for path in PATHS:
         spec, shape = where[path]
         assert float(f4.exact_norm(kernel(after, path), shape, spec)) == pytest.approx(2, rel=0.05), path
@@ -120,12 +118,22 @@ def test_a_bound_below_the_norm_stops_the_benchmark(monkeypatch):
 
 
 def test_the_peers_get_the_layers_of_resnet18():
-    shapes = core.resnet18_shapes()
-    assert len(shapes) == len(speed.SIZES) == len(speed.STRIDES) == 20
-    layers = list(zip(shapes, speed.SIZES, speed.STRIDES, strict=True))
-    for (shape, size, stride), (following, after, _) in itertools.pairwise(layers):
-        if shape[0] == following[0] == 3:  # one after the other, without a shortcut between
-            assert after == size // stride, (shape, size)
+    kernels = [(*fields["kernel_size"], shape[-1], fields["features"])
+               for fields, shape in convolutions(models.resnet18(), 224).values()]  # fmt: skip
+    assert kernels == core.resnet18_shapes()
+    sides = [(side, spec.strides) for side, spec in speed.layers()]
+    assert sides[0] == (224, 2)
+    assert sides[5:8] == [(56, 2), (28, 1), (56, 2)]  # the second stage: 3×3, 3×3, the shortcut
+    assert sides[-1] == (7, 1)
+
+
+def test_the_papers_setting_is_the_papers():
+    paper = train_cifar.PAPER
+    assert len(convolutions(paper.model, 32)) == 31
+    assert (paper.epochs, paper.images, train_cifar.BATCH, train_cifar.BETAS[0]) == (200, 50_000, 128, 8e-4)
+    rate = train_cifar.learning_rate(paper)
+    rates = [float(rate(epoch * paper.steps)) for epoch in (0, 99, 101, 149, 151, 199)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
 
 
 def test_power_laws_are_read_off_the_larger_half():

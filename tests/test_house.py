@@ -23,7 +23,7 @@ FLOORS = [
     {"rounding", "linalg", "entry", "devices", "expression", "tables"},
     {"conv", "dense", "symbol", "jets"},
     {"border", "unfolding", "gram", "supremum", "tails"},
-    {"jacobian", "spectrum", "frequency", "scalar"},
+    {"jacobian", "spectrum", "frequency", "power", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds", "kernels"},
     {"network", "wrapping", "lipschitz"},

@@ -8,6 +8,8 @@ with it are one-sided and have no tolerance but its own rounding. The seed is pr
 import math
 import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -710,6 +712,28 @@ def test_errors_name_the_line(fn):
     line = (at_that_line if fn is at_that_line else at_this_line).__code__.co_firstlineno + 1
     with pytest.raises(lipschitz.UnboundedError, match=rf"test_lipschitz\.py:{line} in at_th"):
         bound(fn, S)
+
+
+ELSEWHERE = """
+import sysconfig
+paths = sysconfig.get_paths()
+sysconfig.get_paths = lambda *args, **kwargs: {**paths, "purelib": "/nowhere"}
+import jax
+from fantastic4 import lipschitz
+def steep(x):
+    return x * x @ x
+try:
+    lipschitz.bound(steep, jax.numpy.ones(3))
+except lipschitz.UnboundedError as error:
+    print(error)
+"""
+
+
+def test_errors_name_the_users_line_wherever_jax_lives(tmp_path):
+    script = tmp_path / "fantastic4_script.py"
+    script.write_text(ELSEWHERE)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert "fantastic4_script.py:8 in steep" in done.stdout
 
 
 def test_errors_name_the_module():

@@ -22,10 +22,11 @@ from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
 from fantastic4.lipschitz.nodes import Input, settled
 
 _PATHS = sysconfig.get_paths()
-# Those by themselves too: in stacked environments, or with pip --user, they live elsewhere.
+# JAX and its kin by themselves too: in stacked environments, or with pip --user, they live elsewhere.
 _SPECS = [importlib.util.find_spec(name) for name in ("jax", "jaxlib", "flax", "equinox", "haiku")]
 _FOLDERS = [os.path.dirname(spec.origin) for spec in _SPECS if spec is not None and spec.origin]
-_LIBRARIES = (_PATHS["purelib"], _PATHS["stdlib"], os.path.dirname(os.path.dirname(__file__)), *_FOLDERS)
+_OWN = os.path.dirname(os.path.dirname(__file__))
+_LIBRARIES = tuple(folder + os.sep for folder in (_PATHS["purelib"], _PATHS["stdlib"], _OWN, *_FOLDERS))
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
