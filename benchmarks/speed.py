@@ -225,9 +225,10 @@ def peers(rounds: int) -> dict[str, Any]:
         "Equinox SpectralNorm, normalised": _equinox_step(kernels),
         "read the kernels once": partial(jax.jit(lambda kernels: [jnp.sum(k) for k in kernels]), kernels),
     }
-    if importlib.util.find_spec("torch"):
-        calls |= _torch_steps(kernels)
     times = harness.interleaved(calls, rounds)
+    # Apart, in the same process: threads of PyTorch's pool spin for a while after a call, on cores that the next needs.
+    if importlib.util.find_spec("torch"):
+        times |= harness.interleaved(_torch_steps(kernels), rounds)
     # It takes a tenth of a second: apart, or the others would find cold caches.
     where = layers()
     times |= harness.interleaved({"Ryu, one iteration at 224×224, value": _ryu_step(kernels, where)}, 3, warm=1)
