@@ -427,6 +427,28 @@ def shared_kernel(x):
     return conv(x, kernel, 3), conv(x, kernel, 1)
 
 
+def softmax_without_too_much(x):
+    """What is taken off its exponent differs along the axis: its slope is ½ |1 + 5|."""
+    z = x - 5.0 * jnp.flip(x)
+    return jnp.exp(z) / jnp.exp(z).sum()
+
+
+def wrapped_and_padded(x):
+    """Padding by the other end, and zeros around it: more than the circular convolution."""
+    return conv(jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="wrap"), jnp.ones((3, 1, 1), x.dtype), 1, (1, 1))
+
+
+def scaled_in_another_shape(x):
+    """Constants for the last axis, after that axis became another one."""
+    kernel = jnp.diag(jnp.array([1.0, 5.0, 5.0, 1.0], x.dtype))
+    return (x @ kernel).reshape(2, 2) * jnp.array([[1.0, 3.0]], x.dtype)
+
+
+def steep_far_out(x):
+    """Its slope is 4e-5 at 40 and 1 in the end."""
+    return jnp.sqrt(x * x + 1e12)
+
+
 def long_chain(length):
     """So many operations on one number, the steep one at the end."""
 
@@ -449,6 +471,10 @@ TRAPS = {
     "a constant that is infinite": (infinite_filler, (3,), [[1.0, 2.0, 3.0]]),
     "gather that fills with a number": (filled_gather, (3,), [[1.0, 2.0, 3.0]]),
     "one kernel with two strides": (shared_kernel, (1, 30, 1), [[1.0] * 30]),
+    "softmax of two signals apart": (softmax_without_too_much, (2,), [[0.0, 0.0]]),
+    "circular padding with zeros around": (wrapped_and_padded, (1, 2, 1), [[0.0] * 2]),
+    "constants in another shape than their product's": (scaled_in_another_shape, (1, 4), [[0.0] * 4]),
+    "a slope that grows far out": (steep_far_out, (1,), [[1e9]]),
     "softmax along the wrong axis": (lambda x: jnp.exp(x) / jnp.exp(x).sum(0)[:, None], (3, 3), None),
     "softmax of another exponent": (lambda x: jnp.exp(2 * x) / jnp.exp(x).sum(-1, keepdims=True), S, None),
     "softmax without its exponential": (lambda x: x / x.sum(-1, keepdims=True), S, None),
