@@ -64,9 +64,9 @@ class Dense(nn.Module):
 class Convolutional(nn.Module):
     """A convolution with softplus, and a dense layer."""
 
-    channels: int = 32
-    kernel: int = 7
-    stride: int = 3
+    channels: int = 96
+    kernel: int = 14
+    stride: int = 7
 
     def setup(self) -> None:
         """Two layers."""
@@ -124,7 +124,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "dense": Recipe(Dense(), 40, 4e-3, beta=0.1, shift=0.15, sharpness=0.5),
-    "conv": Recipe(Convolutional(), 20, 4e-3, beta=0.1, shift=0.15, sharpness=0.5),
+    "conv": Recipe(Convolutional(), 12, 1e-2, beta=0.1, shift=0.15, sharpness=0.5),
     "lipschitz": Recipe(Normalised(), 10, 2e-3, beta=0.0, shift=0.0, sharpness=4.0),
 }
 BATCH = 128
