@@ -427,7 +427,7 @@ def shared_kernel(x):
     return conv(x, kernel, 3), conv(x, kernel, 1)
 
 
-def softmax_without_too_much(x):
+def softmax_of_a_difference(x):
     """What is taken off its exponent differs along the axis: its slope is ½ |1 + 5|."""
     z = x - 5.0 * jnp.flip(x)
     return jnp.exp(z) / jnp.exp(z).sum()
@@ -471,7 +471,7 @@ TRAPS = {
     "a constant that is infinite": (infinite_filler, (3,), [[1.0, 2.0, 3.0]]),
     "gather that fills with a number": (filled_gather, (3,), [[1.0, 2.0, 3.0]]),
     "one kernel with two strides": (shared_kernel, (1, 30, 1), [[1.0] * 30]),
-    "softmax of two signals apart": (softmax_without_too_much, (2,), [[0.0, 0.0]]),
+    "softmax of a difference that varies": (softmax_of_a_difference, (2,), [[0.0, 0.0]]),
     "circular padding with zeros around": (wrapped_and_padded, (1, 2, 1), [[0.0] * 2]),
     "constants in another shape than their product's": (scaled_in_another_shape, (1, 4), [[0.0] * 4]),
     "a slope that grows far out": (steep_far_out, (1,), [[1e9]]),
