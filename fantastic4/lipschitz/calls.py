@@ -41,17 +41,22 @@ def _named(result: Any, operands: Sequence[Any], name: str) -> Any:
 @rule("scan")
 def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     p = eqn.params
-    fixed, carry = operands[: p["num_consts"]], operands[p["num_consts"] : p["num_consts"] + p["num_carry"]]
-    sequences = operands[p["num_consts"] + p["num_carry"] :]
+    # Read off the shapes, as the names of these counts change between versions of JAX: a sequence has an axis more
+    # outside of the body than inside.
+    body = p["jaxpr"]
+    carried = sum(len(o.aval.shape) == len(i.shape) for o, i in zip(eqn.outvars, body.out_avals, strict=True))
+    constants = sum(len(o.aval.shape) == len(i.shape) for o, i in zip(eqn.invars, body.in_avals, strict=True)) - carried
+    fixed, carry = operands[:constants], operands[constants : constants + carried]
+    sequences = operands[constants + carried :]
     order = range(p["length"])[:: -1 if p["reverse"] else 1]
     stacked: dict[int, list[Any]] = {}
     for i in order:
         with walk.inside(eqn):
-            results = walk.closed(p["jaxpr"], [*fixed, *carry, *(_entry(s, i) for s in sequences)])
-        carry = results[: p["num_carry"]]
-        stacked[i] = results[p["num_carry"] :]
+            results = walk.closed(body, [*fixed, *carry, *(_entry(s, i) for s in sequences)])
+        carry = results[:carried]
+        stacked[i] = results[carried:]
     ys = []
-    for j, variable in enumerate(eqn.outvars[p["num_carry"] :]):
+    for j, variable in enumerate(eqn.outvars[carried:]):
         members = [stacked[i][j] for i in range(p["length"])]
         if not members:
             ys.append(jnp.zeros(*shape_and_dtype(variable)))
