@@ -41,11 +41,10 @@ def _named(result: Any, operands: Sequence[Any], name: str) -> Any:
 @rule("scan")
 def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     p = eqn.params
-    # Read off the shapes, as the names of these counts change between versions of JAX: a sequence has an axis more
-    # outside of the body than inside.
     body = p["jaxpr"]
-    carried = sum(len(o.aval.shape) == len(i.shape) for o, i in zip(eqn.outvars, body.out_avals, strict=True))
-    constants = sum(len(o.aval.shape) == len(i.shape) for o, i in zip(eqn.invars, body.in_avals, strict=True)) - carried
+    # Counted by their shapes, as the names of these counts change between versions of JAX.
+    carried = _as_inside(eqn.outvars, body.jaxpr.outvars)
+    constants = _as_inside(eqn.invars, body.jaxpr.invars) - carried
     fixed, carry = operands[:constants], operands[constants : constants + carried]
     sequences = operands[constants + carried :]
     order = range(p["length"])[:: -1 if p["reverse"] else 1]
@@ -63,6 +62,11 @@ def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         else:
             ys.append(_stack(members, walk.label(eqn)))
     return [*carry, *ys]
+
+
+def _as_inside(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many variables have the shape outside of a body that they have inside; sequences have an axis more."""
+    return sum(shape_and_dtype(o)[0] == shape_and_dtype(i)[0] for o, i in zip(outside, inside, strict=True))
 
 
 def _entry(value: Any, i: int) -> Any:
