@@ -152,3 +152,38 @@ def test_shifted_images_move_by_one_pixel():
         assert len(moves) == 1
         seen |= set(moves)
     assert len(seen) == 9
+
+
+@pytest.mark.parametrize(
+    "model",
+    [certify.Dense(5), certify.Convolutional(((3, 28, 1, "VALID"), (2, 14, 7, "SAME"), (1, 9, 5, "VALID")))],
+    ids=["dense", "conv"],
+)
+def test_the_first_layer_written_out_is_that_of_the_network(model):
+    x = jnp.asarray(RNG.normal(size=(4, 28, 28, 1)))
+    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    matrix, bias = model.first_layer(params)
+    written = jax.nn.softplus(x.reshape(4, -1) @ matrix + bias) @ params["last"]["kernel"] + params["last"]["bias"]
+    np.testing.assert_allclose(written, model.apply({"params": params}, x), atol=1e-5)
+
+    # And what training penalises is the curvature of each margin, found by power iteration.
+    vectors = jnp.asarray(RNG.normal(size=(100, 784)))
+    follow = jax.jit(lambda vectors: certify.curvatures(params, matrix, vectors))
+    for _ in range(60):
+        found, vectors = follow(vectors)
+    last = np.asarray(params["last"]["kernel"], np.float64)
+    for i, j in [(0, 1), (4, 9), (7, 7)]:
+        weights = np.maximum(last[:, j] - last[:, i], 0) / 4
+        exact = np.linalg.norm(np.asarray(matrix, np.float64) * np.sqrt(weights), 2) ** 2
+        np.testing.assert_allclose(found[i, j], exact, rtol=0.02)
+
+
+def test_the_loss_goes_from_cross_entropy_to_the_share_that_is_lost():
+    logits, labels = jnp.asarray(RNG.normal(size=(6, 10)) * 3), jnp.arange(6)
+    p = np.exp(np.asarray(logits) / 2)
+    p = (p / p.sum(axis=1, keepdims=True))[np.arange(6), labels]
+    np.testing.assert_allclose(certify.loss(logits, labels, 0.5), 2 * np.mean(-np.log(p)), rtol=1e-5)
+    for q in (0.3, 1.0):
+        np.testing.assert_allclose(certify.loss(logits, labels, 0.5, q), 2 * np.mean((1 - p**q) / q), rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda logits: certify.loss(logits, labels, 0.5))(logits)).all()

@@ -56,6 +56,49 @@ def test_two_layers_of_softplus_have_the_signed_formula():
             assert exact <= bounds[i, j] <= exact * 1.001 + 1e-6
 
 
+class SideBySide(nn.Module):
+    """A large and a small kernel on one image."""
+
+    def setup(self):
+        self.large = nn.Conv(5, (6, 6), padding="VALID")
+        self.small = nn.Conv(3, (3, 3), strides=3)
+        self.last = nn.Dense(2)
+
+    def __call__(self, x):
+        branches = [nn.softplus(layer(x)).reshape(len(x), -1) for layer in (self.large, self.small)]
+        return self.last(jnp.concatenate(branches, axis=1))
+
+@pytest.mark.parametrize("how", ["halves of the input", "two convolutions"])
+def test_first_layers_side_by_side_have_the_norm_of_all(how, x64):
+    rng = np.random.default_rng(SEED)
+    if how == "two convolutions":
+        model = SideBySide()
+        variables = model.init(jax.random.key(SEED), jnp.ones((1, 6, 6, 1)))
+        shape, net = (1, 6, 6, 1), lambda x: model.apply(variables, x)
+        matrices, last = [], np.asarray(variables["params"]["last"]["kernel"])
+        for name in ("large", "small"):
+            layer = getattr(model.bind(variables), name)
+            nothing = np.asarray(layer(jnp.zeros(shape))).ravel()
+            units = jnp.eye(36).reshape(36, 6, 6, 1)
+            matrices.append(np.asarray(layer(units)).reshape(36, -1) - nothing)
+    else:
+        left, right, last = rng.normal(size=(6, 7)), rng.normal(size=(6, 5)), rng.normal(size=(12, 2))
+        left[3:], right[:3] = 0, 0
+        shape, matrices = (1, 6), [left, right]
+
+        def net(x):
+            return jnp.concatenate([jax.nn.softplus(x @ left), jax.nn.softplus(x @ right)], axis=1) @ last
+
+    bound, _, _ = assert_sound(lambda x: net(x)[0, 0] - net(x)[0, 1], shape, rng)
+    margin = last[:, 0] - last[:, 1]
+    for found, part in ((bound.lower, np.maximum(-margin, 0)), (bound.upper, np.maximum(margin, 0))):
+        scaled = np.hstack(matrices) * np.sqrt(part / 4)
+        exact = np.linalg.norm(scaled, 2) ** 2
+        split = np.split(scaled, [matrices[0].shape[1]], axis=1)
+        assert exact <= float(found) <= exact * 1.001
+        assert exact < 0.8 * sum(np.linalg.norm(one, 2) ** 2 for one in split)  # what two norms would give
+
+
 @pytest.mark.parametrize("name", ["softplus", "gelu", "silu", "tanh", "sigmoid", "mish"])
 def test_every_smooth_activation(name, x64):
     activation = {"tanh": jnp.tanh, "mish": jax.nn.mish}.get(name) or getattr(jax.nn, name)

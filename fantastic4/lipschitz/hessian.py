@@ -7,10 +7,10 @@ With elementwise functions s_I at nodes I of a graph that is linear otherwise, t
 An interval of ∂f/∂a_I comes from a backward pass in interval arithmetic: s' and s'' lie between their extremes on the
 whole line. So ∇²f lies between -m and M with
 
-    m = Σ_I ‖diag(√c_I) J_I‖²,      c_I the largest that -s_I'' ∂f/∂a_I can be, or 0,
+    m = ‖Σ_I J_Iᵀ diag(c_I) J_I‖,      c_I the largest that -s_I'' ∂f/∂a_I can be, or 0,
 
-and M likewise. Where z_I is a matrix times the input the norm is computed as it stands, elsewhere ‖J_I‖² max c_I with
-the Lipschitz bound of z_I. For a sequential network this is never above the S/r recursion of Singla & Feizi (2020),
+and M likewise. Of all z_I that are a matrix times the input the norm is computed as it stands, ‖[√c_I J_I; …]‖²; each
+other adds ‖J_I‖² max c_I with the Lipschitz bound of z_I. For a sequential network this is never above the S/r recursion of Singla & Feizi (2020),
 which takes |W| for the intervals and both signs together.
 """
 
@@ -132,21 +132,44 @@ def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
     return lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out), node.lost
 
 
-def _quadratic(signal: Signal, weights: Array, how: Numbers) -> Array:
-    """‖diag(√weights) J‖² for the Jacobian J of a signal's entries, from above."""
-    first = _first_matrix(signal)
-    if first is not None:
+class _Terms:
+    """‖Σ_I J_Iᵀ diag(c_I) J_I‖ from above, for weights c_I ≥ 0 and the Jacobians J_I of signals.
+
+    Those that are written out stand side by side in one matrix: where each signal sees its own part of the input, as
+    kernels of two sizes do, the norm of all together is well below the sum.
+    """
+
+    def __init__(self, how: Numbers) -> None:
+        self.how = how
+        self.total = jnp.zeros((), how.dtype)
+        self.columns: list[Array] = []
+        self.lost: list[Array] = []
+
+    def add(self, signal: Signal, weights: Array) -> None:
+        """Add the term of this signal, with a weight for each of its entries."""
+        how, first = self.how, _first_matrix(signal)
+        if first is None:
+            # Asked of every weight: on a CPU, a maximum over thousands may drop a NaN.
+            largest = jnp.where(jnp.any(jnp.isnan(weights)), jnp.nan, jnp.max(weights, initial=0))
+            size = how.of(signal.node)
+            self.total = round_up(self.total + how.times(largest, float(multiplicity(signal.index)), size, size), 2)
+            return
         matrix, lost = first
         root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights))).ravel()
-        scaled = matrix.astype(how.dtype) * root
-        size = dense.frobenius_bound(lax.stop_gradient(scaled))
-        norm = round_up(dense.bound(scaled) + 8 * unit_roundoff(how.dtype) * size, 4)
+        self.columns.append(matrix.astype(how.dtype) * root)
         if not isinstance(lost, float):
-            norm = round_up(norm + jnp.max(root) * lost, 4)
-        return round_up(norm * norm, 2)
-    # Asked of every weight: on a CPU, a maximum over thousands may drop a NaN.
-    largest = jnp.where(jnp.any(jnp.isnan(weights)), jnp.nan, jnp.max(weights, initial=0))
-    return how.times(largest, float(multiplicity(signal.index)), how.of(signal.node), how.of(signal.node))
+            self.lost.append(jnp.max(root) * lost)
+
+    def value(self) -> Array:
+        """The bound."""
+        if not self.columns:
+            return self.total
+        matrix = jnp.concatenate(self.columns, axis=1)
+        size = dense.frobenius_bound(lax.stop_gradient(matrix))
+        norm = round_up(dense.bound(matrix) + 8 * unit_roundoff(self.how.dtype) * size, 4)
+        for lost in self.lost:
+            norm = round_up(norm + lost, 4)
+        return round_up(self.total + round_up(norm * norm, 2), 2)
 
 
 def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> tuple[Array, Array]:
@@ -157,16 +180,15 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
     """
     dtype = how.dtype
     spans: dict[int, Span] = {}
-    below = above = jnp.zeros((), dtype)
+    below, above = _Terms(how), _Terms(how)
 
     def arrive(signal: Signal, span: Span) -> None:
-        nonlocal below, above
         straight = affine(signal.expr)
         if straight is None:
             (low, high), (bent_low, bent_high) = of_one_number(signal, _both, "curvature", SMOOTH)
             bent = _times(span, bent_low, bent_high)
-            below = round_up(below + _quadratic(signal, jnp.maximum(-bent.low, 0), how), 2)
-            above = round_up(above + _quadratic(signal, jnp.maximum(bent.high, 0), how), 2)
+            below.add(signal, jnp.maximum(-bent.low, 0))
+            above.add(signal, jnp.maximum(bent.high, 0))
             span = _times(span, low, high)
         elif straight[0] != 1:
             span = _times(span, float(straight[0]), float(straight[0]))
@@ -195,7 +217,7 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
             continue
         for signal, span in zip(node.inputs, _back(node, spans.pop(id(node))), strict=True):
             arrive(signal, span)
-    return below, above
+    return below.value(), above.value()
 
 
 @functools.lru_cache(maxsize=512)
