@@ -164,7 +164,7 @@ def test_the_first_layer_written_out_is_that_of_the_network(model):
     params = model.init(jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     matrix, bias = model.first_layer(params)
-    written = jax.nn.softplus(x.reshape(4, -1) @ matrix + bias) @ params["last"]["kernel"] + params["last"]["bias"]
+    written = certify.logits_of(((matrix, bias), params["last"]), x.reshape(4, -1))
     np.testing.assert_allclose(written, model.apply({"params": params}, x), atol=1e-5)
 
     # And what training penalises is the curvature of each margin, found by power iteration.
@@ -187,3 +187,29 @@ def test_the_loss_goes_from_cross_entropy_to_the_share_that_is_lost():
     for q in (0.3, 1.0):
         np.testing.assert_allclose(certify.loss(logits, labels, 0.5, q), 2 * np.mean((1 - p**q) / q), rtol=1e-5)
     assert np.isfinite(jax.grad(lambda logits: certify.loss(logits, labels, 0.5))(logits)).all()
+
+
+def test_a_training_run_that_broke_off_goes_on_where_it_was(tmp_path):
+    recipe, done = certify.RECIPES["conv"]._replace(epochs=5), []
+
+    def epoch(carry, i):
+        if i == 3 and fails:
+            raise KeyboardInterrupt
+        params, (count, state) = carry
+        return {"a": params["a"] * 2 + i}, (count + 1, state)
+
+    fresh = {"a": jnp.array([1.0, -3.0])}, (jnp.array(0), optax.adam(0.1).init({"a": jnp.ones(2)}))
+    kept = lambda resume: certify.Kept(tmp_path / "out" / "run.msgpack", recipe, resume, done.append)
+    fails = False
+    whole = kept(False).run(epoch, fresh)
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        kept(False).run(epoch, fresh)
+    fails = False
+    done.clear()
+    resumed = kept(True).run(epoch, fresh)
+    assert done == [3, 4, 5]
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert jax.tree.structure(whole) == jax.tree.structure(resumed)
+    with pytest.raises(SystemExit, match="another recipe"):
+        certify.Kept(kept(True).path, recipe._replace(rate=1.0), True, done.append).run(epoch, fresh)

@@ -68,6 +68,7 @@ class SideBySide(nn.Module):
         branches = [nn.softplus(layer(x)).reshape(len(x), -1) for layer in (self.large, self.small)]
         return self.last(jnp.concatenate(branches, axis=1))
 
+
 @pytest.mark.parametrize("how", ["halves of the input", "two convolutions"])
 def test_first_layers_side_by_side_have_the_norm_of_all(how, x64):
     rng = np.random.default_rng(SEED)
