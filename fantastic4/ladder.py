@@ -7,6 +7,7 @@ Each sound function here takes canonical kernels and returns an upper bound of Ï
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +168,17 @@ def _iterate(kernels: Array, method: str, points: int | None, scale: Array | Non
     return lambda s: power.step(kernels, s, scaling.taps)
 
 
+@functools.partial(jax.jit, static_argnames=("method", "points", "iterations"))
+def _advance(
+    kernels: Array, inner: Any, scale: Array | None, *, method: str, points: int | None, iterations: int
+) -> tuple[Any, Any]:
+    """Some power iterations. A program of its own: of constants, so a derivative passes by it without a look inside."""
+    iterate = _iterate(kernels, method, points, scale)
+    if iterations > 1:
+        inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
+    return iterate(inner)
+
+
 @entry(iterations=count(1))
 def step(
     kernel: Array,
@@ -221,10 +233,8 @@ def step(
             "make one with ladder.init(kernel, spec, key=â€¦)"
         )
     inner = jax.tree.map(lambda x: lax.stop_gradient(x).astype(dtype), state.inner)
-    iterate = _iterate(constant, state.method, state.points, lax.stop_gradient(scale))
-    if iterations > 1:
-        inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
-    found, inner = iterate(inner)
+    how: dict[str, Any] = {"method": state.method, "points": state.points, "iterations": iterations}
+    found, inner = _advance(constant, inner, lax.stop_gradient(scale), **how)
     if state.method == "grid":
         value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
     elif state.method == "weighted":
@@ -232,5 +242,5 @@ def step(
         value = _smallest(kernels, found, scaling.factor)
     else:
         factor *= math.sqrt(math.prod(spatial))
-        value = unfolding.smallest(kernels, unfolding.over_groups(lax.stop_gradient(found)), scale)
+        value = unfolding.smallest(kernels, unfolding.over_groups(found), scale)
     return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)

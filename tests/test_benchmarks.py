@@ -156,7 +156,10 @@ def test_shifted_images_move_by_one_pixel():
 
 @pytest.mark.parametrize(
     "model",
-    [certify.Dense(5), certify.Convolutional(((3, 28, 1, "VALID"), (2, 14, 7, "SAME"), (1, 9, 5, "VALID")))],
+    [
+        certify.Dense(5),
+        certify.Convolutional(((3, 28, 1, "VALID"), (2, 14, 7, "SAME"), (1, 9, 5, "VALID")), certify.CROSS),
+    ],
     ids=["dense", "conv"],
 )
 def test_the_first_layer_written_out_is_that_of_the_network(model):
@@ -164,10 +167,10 @@ def test_the_first_layer_written_out_is_that_of_the_network(model):
     params = model.init(jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     matrix, bias = model.first_layer(params)
-    written = certify.logits_of(((matrix, bias), params["last"]), x.reshape(4, -1))
+    written = certify.logits_of(((matrix, bias), params["last"]), x.reshape(4, -1), model.shifts)
     np.testing.assert_allclose(written, model.apply({"params": params}, x), atol=1e-5)
 
-    # And what training penalises is the curvature of each margin, found by power iteration.
+    # And what training penalises is the curvature of each margin, without shifts, found by power iteration.
     vectors = jnp.asarray(RNG.normal(size=(100, 784)))
     follow = jax.jit(lambda vectors: certify.curvatures(params, matrix, vectors))
     for _ in range(60):
@@ -177,6 +180,17 @@ def test_the_first_layer_written_out_is_that_of_the_network(model):
         weights = np.maximum(last[:, j] - last[:, i], 0) / 4
         exact = np.linalg.norm(np.asarray(matrix, np.float64) * np.sqrt(weights), 2) ** 2
         np.testing.assert_allclose(found[i, j], exact, rtol=0.02)
+
+
+def test_a_moved_image_is_its_entries_elsewhere():
+    images = RNG.random((2, 28, 28, 1))
+    for down, right in [(0, 0), (1, 0), (0, -1), (-1, 1)]:
+        wanted = np.zeros_like(images)
+        for i in range(28):
+            for j in range(28):
+                if 0 <= i - down < 28 and 0 <= j - right < 28:
+                    wanted[:, i, j] = images[:, i - down, j - right]
+        np.testing.assert_array_equal(certify.moved(jnp.asarray(images), (down, right)), np.float32(wanted))
 
 
 def test_the_loss_goes_from_cross_entropy_to_the_share_that_is_lost():
@@ -190,7 +204,7 @@ def test_the_loss_goes_from_cross_entropy_to_the_share_that_is_lost():
 
 
 def test_a_training_run_that_broke_off_goes_on_where_it_was(tmp_path):
-    recipe, done = certify.RECIPES["conv"]._replace(epochs=5), []
+    recipe, done = certify.RECIPES["conv"][0]._replace(epochs=5), []
 
     def epoch(carry, i):
         if i == 3 and fails:

@@ -83,12 +83,13 @@ def test_first_layers_side_by_side_have_the_norm_of_all(how, x64):
             units = jnp.eye(36).reshape(36, 6, 6, 1)
             matrices.append(np.asarray(layer(units)).reshape(36, -1) - nothing)
     else:
-        left, right, last = rng.normal(size=(6, 7)), rng.normal(size=(6, 5)), rng.normal(size=(12, 2))
-        left[3:], right[:3] = 0, 0
-        shape, matrices = (1, 6), [left, right]
+        left, right, last = rng.normal(size=(3, 7)), rng.normal(size=(3, 5)), rng.normal(size=(12, 2))
+        matrices = [np.vstack([left, np.zeros((3, 7))]), np.vstack([np.zeros((3, 5)), right])]
+        shape, backwards = (1, 6), right[::-1]
 
         def net(x):
-            return jnp.concatenate([jax.nn.softplus(x @ left), jax.nn.softplus(x @ right)], axis=1) @ last
+            parts = [jax.nn.softplus(x[:, :3] @ left), jax.nn.softplus(x[:, :2:-1] @ backwards)]
+            return jnp.concatenate(parts, axis=1) @ last
 
     bound, _, _ = assert_sound(lambda x: net(x)[0, 0] - net(x)[0, 1], shape, rng)
     margin = last[:, 0] - last[:, 1]
@@ -97,7 +98,7 @@ def test_first_layers_side_by_side_have_the_norm_of_all(how, x64):
         exact = np.linalg.norm(scaled, 2) ** 2
         split = np.split(scaled, [matrices[0].shape[1]], axis=1)
         assert exact <= float(found) <= exact * 1.001
-        assert exact < 0.8 * sum(np.linalg.norm(one, 2) ** 2 for one in split)  # what two norms would give
+        assert exact < 0.9 * sum(np.linalg.norm(one, 2) ** 2 for one in split)  # what two norms would give
 
 
 @pytest.mark.parametrize("name", ["softplus", "gelu", "silu", "tanh", "sigmoid", "mish"])

@@ -114,22 +114,32 @@ _ENTRIES = 2**23  # of a matrix that is written out
 
 
 def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
-    """The matrix ``(inputs, entries)`` from the input to a signal, where that is one layer and small enough.
+    """The matrix ``(entries of the input, entries)`` to a signal, where that is one layer and small enough.
 
-    With what its norm has lost.
+    The layer may read the input's entries in any places, as a padded or shifted input has them, each once. With what
+    its norm has lost.
     """
     node = signal.node
     if not isinstance(node, Linear) or signal.index is not None or node.apply is None:
         return None
     (source,) = node.inputs
+    straight = affine(source.expr)
     n_in, n_out = int(np.prod(source.shape)), int(np.prod(node.shape))
-    if not isinstance(source.node, Input) or not source.is_shifted or n_in * n_out > _ENTRIES:
+    entries = int(np.prod(source.node.shape))
+    if not isinstance(source.node, Input) or straight is None or straight[0] != 1:
+        return None
+    if max(n_in, entries) * n_out > _ENTRIES or multiplicity(source.index) > 1:
         return None
     if node.spec is None and len(node.kernel) == 1 and node.kernel.shape[1:] == (n_in, n_out):
-        return node.kernel[0], node.lost
-    apply, kernel = node.apply, node.kernel
-    basis = jnp.eye(n_in, dtype=kernel.dtype).reshape(n_in, *source.shape)
-    return lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out), node.lost
+        matrix = node.kernel[0]
+    else:
+        apply, kernel = node.apply, node.kernel
+        basis = jnp.eye(n_in, dtype=kernel.dtype).reshape(n_in, *source.shape)
+        matrix = lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out)
+    if source.index is not None:
+        places = source.index.ravel()
+        matrix = jnp.zeros((entries, n_out), matrix.dtype).at[places[places >= 0]].set(matrix[places >= 0])
+    return matrix, node.lost
 
 
 class _Terms:
