@@ -213,3 +213,45 @@ def test_a_network_that_changes_is_compiled_again():
 
 def test_an_empty_batch_has_no_radii():
     assert robustness.curvature_radii(linear, jnp.ones((0, 2)), 0.0).shape == (0,)
+
+
+@pytest.mark.parametrize("slack", ["taken off", "forgotten"])
+def test_what_floats_may_add_to_a_dual_is_taken_off(slack):
+    """Values and gradients wrong by what is allowed for, each in the worst direction, where the dual's terms cancel."""
+    rng = np.random.default_rng(SEED)
+    cases, size = 2000, 8
+    allowed = robustness._slack(jnp.float32, jnp.float32)
+    x0, gradient = rng.normal(size=(2, cases, size))
+    x = x0 + rng.normal(size=(cases, size)) * 10 ** rng.uniform(-3, 0, (cases, 1))
+    below = 10 ** rng.uniform(-2, 1, cases)
+    eta = rng.uniform(0.01, 0.9, cases) / below
+    steep = np.linalg.norm(gradient, axis=1) * rng.uniform(1, 30, cases)
+    x0, x, below, eta, steep = (np.float64(np.float32(a)) for a in (x0, x, below, eta, steep))
+    moved = x - x0
+    slope = moved + eta[:, None] * gradient
+    fell = np.sum(slope**2, axis=1) / (1 - eta * below)
+    half = np.sum(moved**2, axis=1)
+    # The margin for which the dual is a little above 0.
+    value = (fell - half + 10 ** rng.uniform(-4, 0, cases)) / (2 * eta)
+    logits = np.abs(value) * rng.uniform(1, 30, cases)
+    truth = half + 2 * eta * value - fell
+    wrong = 0.9 * allowed
+    computed = value + wrong * logits
+    aside = slope / np.linalg.norm(slope, axis=1, keepdims=True)
+    shorter = gradient - wrong * steep[:, None] * aside * np.minimum(1, np.linalg.norm(slope, axis=1) / steep)[:, None]
+    numbers = [jnp.asarray(a, jnp.float32) for a in (x0, below, steep, computed, logits, shorter, x, eta)]
+
+    @jax.jit
+    @jax.vmap
+    def duals(x0, below, steep, value, size, gradient, x, eta):
+        pair = robustness._Pair(x0, 0, 1, below, below, steep, allowed if slack == "taken off" else 0.0)
+        return robustness._dual(value, size, gradient, x, eta, pair)
+
+    found = np.asarray(duals(*numbers), np.float64)
+    if slack == "taken off":
+        assert np.all(found <= truth)
+        useful = truth > 1e-3 * (half + 2 * eta * logits + fell + eta * steep)
+        assert useful.sum() > 100
+        assert np.mean(found[useful] > 0) > 0.8  # and it is of use where the terms do not all cancel
+    else:
+        assert np.mean(found > truth) > 0.9
