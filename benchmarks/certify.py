@@ -3,10 +3,11 @@
     python -m benchmarks.certify            # make certify-mnist
     python -m benchmarks.certify --network conv
 
-Three networks: "dense", 784-1024-10 with softplus, as published (Singla & Feizi 2020), and "conv", a convolution,
-softplus and a dense layer, both certified by the curvature of their margins; "lipschitz", a convolutional network of
-normalised layers, certified by its Lipschitz bounds. A prediction counts at ε when it is right and no image within ℓ2
-distance ε has another class, against every other class.
+Three networks: "dense", 784-1024-10 with softplus, as published (Singla & Feizi 2020), and "conv", convolutions of two
+sizes side by side with softplus, averaged over shifts of the image by a pixel, and a dense layer, both certified by the
+curvature of their margins; "lipschitz", a convolutional network of normalised layers, certified by its Lipschitz
+bounds. A prediction counts at ε when it is right and no image within ℓ2 distance ε has another class, against every
+other class.
 
 Training for curvature: cross-entropy at the point x* = x₀ - ε ∇f(x*)/‖∇f(x*)‖ where the margin f against the runner-up
 is smallest. The certificate finds that very point where the curvature bound m of the margin is at most ‖∇f(x*)‖/ε; so
