@@ -179,10 +179,9 @@ def _with_pairs_jvp(primals, tangents):
     value, kernel, inputs, outputs = primals
     del kernel
     inputs, outputs = lax.stop_gradient((inputs, outputs))
-    # Products with matrices, not broadcast ones: what reverse mode keeps is then the vectors alone.
-    each_tap = ((0, 1), (0, 1))
-    if value.ndim:  # btmo,btio->btmi
-        product = lax.dot_general(outputs, tangents[1], (((3,), (3,)), each_tap), precision=HIGHEST)
+    # Einsums, not broadcast products: what reverse mode keeps is then the vectors alone.
+    if value.ndim:
+        product = jnp.einsum("btio,btmo->btmi", tangents[1], outputs, precision=HIGHEST)
         return value, jnp.sum(product * inputs, axis=(0, 1, 3))
-    product = lax.dot_general(tangents[1], outputs, (((3,), (2,)), each_tap), precision=HIGHEST)  # btio,bto->bti
+    product = jnp.einsum("btio,bto->bti", tangents[1], outputs, precision=HIGHEST)
     return value, jnp.sum(product * inputs)

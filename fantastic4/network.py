@@ -96,8 +96,8 @@ def init(
       warmup: iterations.
 
     Returns:
-      `NetworkState`. For ResNet-50 and ``"four"`` 0.8 % of the params' size, mostly of its 3×3 kernels: a kernel of t
-      taps that all differ has 4·t·c_out numbers, a matrix 2·c_out.
+      `NetworkState`. For ResNet-50 and ``"four"`` 0.7 % of the params' size, mostly of its 3×3 kernels: a kernel of t
+      taps that all differ has 4·t·c_out numbers, a matrix c_out.
 
     Raises:
       ValueError: what `find` and `fantastic4.ladder.init` refuse.

@@ -89,19 +89,13 @@ class PowerState(NamedTuple):
     """What the next power step starts from, for all distinct unfoldings.
 
     Attributes:
-      vectors: ``(batch, taps, rows, c_out)``, left singular vectors as each tap reads them, divided by
+      vectors: ``(batch, taps, m, c_out)``, left singular vectors as each tap reads them, divided by
         their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
-        A row an unfolding; of a single one with a single tap the same row twice.
-      scales: ``(batch, rows)``, one over the singular values; 1 where the kernel was zero.
+      scales: ``(batch, m)``, one over the singular values; 1 where the kernel was zero.
     """
 
     vectors: Array
     scales: Array
-
-
-def _along(x: Array, *axes: int) -> Array:
-    """``(batch, m)`` with axes of 1 for what it is to multiply. By a reshape: `jnp` indexing takes longer to trace."""
-    return lax.expand_dims(x, axes)
 
 
 def step(
@@ -121,61 +115,54 @@ def step(
       0 the old vectors stay.
     """
     batch, *spatial, c_in, c_out = kernels.shape
-    kinds = len(distinct(tuple(spatial))[0])
-    m, rows = kinds if weights is None else weights.shape[-1], state.vectors.shape[2]
-    out, inp = _sharing(tuple(spatial), rows // kinds)
+    out, inp = _sharing(tuple(spatial), state.vectors.shape[2] // len(distinct(tuple(spatial))[0]))
     by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
-    taps = lax.reshape(kernels, (batch, math.prod(spatial), c_in, c_out))
+    taps = kernels.reshape(batch, -1, c_in, c_out)
     each_tap = ((0, 1), (0, 1))
+    # A CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than to run it:
+    # so there are two vectors at least.
+    alone = state.vectors.shape[1:3] == (1, 1)
+    vectors = jnp.repeat(state.vectors, 2, axis=2) if alone else state.vectors
     by_scale = (lambda x: x) if scale is None else (lambda x: x * scale[:, None, None])
-    vectors = by_scale(state.vectors)
+    vectors = by_scale(vectors)
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many.
-    if rows > m:
+    if alone:
         product = lax.dot_general(vectors, taps, (((3,), (3,)), each_tap), precision=HIGHEST)
     else:  # the product runs in half the time, and its transposition is small
-        product = lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
-        product = lax.transpose(product, (0, 1, 3, 2))
+        product = jnp.swapaxes(lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST), 2, 3)
     product, squares = _share(by_weight(product), inp)
-    inputs = by_weight(product * _along(_over_root(squares), 1, 3))
-    near = inputs * _along(state.scales, 1, 3)
+    inputs = by_weight(product * _over_root(squares)[:, None, :, None])
+    near = inputs * state.scales[:, None, :, None]
     bare = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
     product, squares = _share(by_scale(bare), out)
+    if alone:
+        squares, inputs, product, bare = squares[:, :1], inputs[:, :, :1], product[:, :, :1], bare[:, :, :1]
     over = _over_root(squares)
-    outputs = product * _along(over, 1, 3)
+    outputs = product * over[:, None, :, None]
     alive = squares > 0
-    scales = lax.select(alive, state.scales * over, lax.full_like(over, 1))
-    found = outputs * _along(scales, 1, 3)
-    new = lax.select(lax.broadcast_in_dim(alive, found.shape, (0, 2)), found, state.vectors)
-    after, before = PowerState(new, scales), state.scales
-    if rows > m:
-        squares, over, before = (lax.slice_in_dim(x, 0, m, axis=1) for x in (squares, over, before))
-        inputs, outputs, bare = (lax.slice_in_dim(x, 0, m, axis=2) for x in (inputs, outputs, bare))
-    values = squares * over / before
+    scales = jnp.where(alive, state.scales * over, 1)
+    new = jnp.where(alive[:, None, :, None], outputs * scales[:, None, :, None], state.vectors)
+    values, after = squares * over / state.scales, PowerState(new, scales)
     if scale is None:
         return Pairs(values, inputs, outputs), after
-    return Pairs(values, inputs, by_scale(outputs), jnp.sum(outputs * bare, axis=1) / _along(before, 2)), after
+    gains = jnp.sum(outputs * bare, axis=1) / state.scales[..., None]
+    return Pairs(values, inputs, by_scale(outputs), gains), after
 
 
 def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
-    """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``.
-
-    Two rows at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer
-    than to run it.
-    """
+    """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
     batch, *spatial, _, c_out = kernels.shape
-    return batch, math.prod(spatial), max(2, repeats * len(distinct(tuple(spatial))[0])), c_out
+    return batch, math.prod(spatial), repeats * len(distinct(tuple(spatial))[0]), c_out
 
 
 def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `step`, scaled by the Frobenius norms of the kernels, near enough to start."""
-    batch, taps, rows, c_out = state_shape(kernels, repeats)
-    kinds = len(distinct(kernels.shape[1:-2])[0])
-    random = generic(key, (batch, taps, repeats * kinds, c_out), kernels.dtype)
-    random = jnp.repeat(random, rows // (repeats * kinds), axis=2)
-    vectors, squares = _share(random, _sharing(kernels.shape[1:-2], rows // kinds)[0])
-    vectors = vectors * _along(_over_root(squares), 1, 3)
+    shape = state_shape(kernels, repeats)
+    random = generic(key, shape, kernels.dtype)
+    vectors, squares = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
+    vectors = vectors * _over_root(squares)[:, None, :, None]
     size = jax.vmap(lambda kernel: unit(kernel)[0])(kernels)
     scale = 1 / jnp.where(size > 0, size, 1)
-    return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (batch, rows)))
+    return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
