@@ -10,8 +10,8 @@ whole line. So ∇²f lies between -m and M with
     m = ‖Σ_I J_Iᵀ diag(c_I) J_I‖,      c_I the largest that -s_I'' ∂f/∂a_I can be, or 0,
 
 and M likewise. Of all z_I that are a matrix times the input the norm is computed as it stands, ‖[√c_I J_I; …]‖²;
-each other adds ‖J_I‖² max c_I with the Lipschitz bound of z_I. For a sequential network this is never above the S/r recursion
-of Singla & Feizi (2020), which takes |W| for the intervals and both signs together.
+each other adds ‖J_I‖² max c_I with the Lipschitz bound of z_I. For a sequential network this is never
+above the S/r recursion of Singla & Feizi (2020), which takes |W| for the intervals and both signs together.
 """
 
 from __future__ import annotations
