@@ -21,7 +21,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -245,7 +245,7 @@ class Kept:
 
     Args:
       path: of the file.
-      recipe: of the run; a file of another recipe is refused.
+      recipes: of the run so far, its own the last; a file of others is refused.
       resume: go on from the file, where there is one; without, the file goes.
       progress: called with the number of epochs done.
 
@@ -253,8 +253,8 @@ class Kept:
       seconds: that all its epochs took.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, resume: bool, progress: Callable[[int], None]) -> None:
-        self.path, self.recipe, self.progress, self.seconds = path, recipe, progress, 0.0
+    def __init__(self, path: Path, recipes: Sequence[Recipe], resume: bool, progress: Callable[[int], None]) -> None:
+        self.path, self.recipes, self.progress, self.seconds = path, tuple(recipes), progress, 0.0
         if not resume:
             path.unlink(missing_ok=True)
 
@@ -263,17 +263,17 @@ class Kept:
         begin = 0
         if self.path.exists():
             kept = serialization.msgpack_restore(self.path.read_bytes())
-            if kept["recipe"] != repr(self.recipe):
-                raise SystemExit(f"{self.path} is of another recipe, {kept['recipe']}: run without --resume")
+            if kept["recipes"] != repr(self.recipes):
+                raise SystemExit(f"{self.path} is of other recipes, {kept['recipes']}: run without --resume")
             begin, self.seconds = kept["epochs"], kept["seconds"]
             carry = serialization.from_state_dict(carry, kept["carry"])
         self.progress(begin)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for i in range(begin, self.recipe.epochs):
+        for i in range(begin, self.recipes[-1].epochs):
             started = time.perf_counter()
             carry = jax.block_until_ready(epoch(carry, i))
             self.seconds += time.perf_counter() - started
-            state = {"recipe": repr(self.recipe), "epochs": i + 1, "seconds": self.seconds}
+            state = {"recipes": repr(self.recipes), "epochs": i + 1, "seconds": self.seconds}
             state["carry"] = serialization.to_state_dict(carry)
             part = self.path.with_suffix(".part")
             part.write_bytes(serialization.msgpack_serialize(state))
@@ -373,7 +373,7 @@ def run(name: str, options: argparse.Namespace, console: Console) -> dict[str, A
         for i, recipe in enumerate(recipes, start=1):
             task = progress.add_task(f"{name}: epochs", total=recipe.epochs)
             done = functools.partial(lambda task, epochs: progress.update(task, completed=epochs), task)
-            kept = Kept(OUTPUT / f"certify-{name}-{i}.msgpack", recipe, options.resume, done)
+            kept = Kept(OUTPUT / f"certify-{name}-{i}.msgpack", recipes[:i], options.resume, done)
             variables = how(recipe, variables, train, kept)
             train_s += kept.seconds
         begin = time.perf_counter()
@@ -433,7 +433,7 @@ def main() -> None:
     """Train, certify, print a table, write figures and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=[*RECIPES, "all"], default="dense", help="default %(default)s")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of each recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the last epoch that was kept in out/")
     parser.add_argument("--count", type=int, default=10_000, help="test images (default %(default)s)")
     parser.add_argument("--attacks", type=int, default=1000, help="of these are attacked (default %(default)s)")

@@ -233,8 +233,8 @@ def step(
             "make one with ladder.init(kernel, spec, key=…)"
         )
     inner = jax.tree.map(lambda x: lax.stop_gradient(x).astype(dtype), state.inner)
-    how: dict[str, Any] = {"method": state.method, "points": state.points, "iterations": iterations}
-    found, inner = _advance(constant, inner, lax.stop_gradient(scale), **how)
+    fixed = lax.stop_gradient(scale)
+    found, inner = _advance(constant, inner, fixed, method=state.method, points=state.points, iterations=iterations)
     if state.method == "grid":
         value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
     elif state.method == "weighted":

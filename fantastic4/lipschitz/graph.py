@@ -114,8 +114,13 @@ class Signal:
     @property
     def is_shifted(self) -> bool:
         """Whether it is its node plus a constant, up to shape."""
+        return self.index is None and self.adds_constants
+
+    @property
+    def adds_constants(self) -> bool:
+        """Whether it is entries of its node plus a constant, in any places."""
         straight = affine(self.expr)
-        return self.index is None and straight is not None and straight[0] == 1
+        return straight is not None and straight[0] == 1
 
 
 _constants = itertools.count(2)

@@ -123,12 +123,11 @@ def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
     if not isinstance(node, Linear) or signal.index is not None or node.apply is None:
         return None
     (source,) = node.inputs
-    straight = affine(source.expr)
     n_in, n_out = int(np.prod(source.shape)), int(np.prod(node.shape))
     entries = int(np.prod(source.node.shape))
-    if not isinstance(source.node, Input) or straight is None or straight[0] != 1:
+    if not isinstance(source.node, Input) or not source.adds_constants or multiplicity(source.index) > 1:
         return None
-    if max(n_in, entries) * n_out > _ENTRIES or multiplicity(source.index) > 1:
+    if max(n_in, entries) * n_out > _ENTRIES:
         return None
     if node.spec is None and len(node.kernel) == 1 and node.kernel.shape[1:] == (n_in, n_out):
         matrix = node.kernel[0]
