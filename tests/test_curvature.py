@@ -117,6 +117,18 @@ def test_first_layers_side_by_side_have_the_norm_of_all(make, x64):
         assert exact * 1.001 < sum(np.linalg.norm(one, 2) ** 2 for one in split)  # the sum of norms would not pass
 
 
+def test_a_layer_that_reads_an_entry_twice_is_bounded_as_it_is(x64):
+    rng = np.random.default_rng(SEED)
+    first, last = np.abs(rng.normal(size=(6, 7))), rng.normal(size=7)
+
+    def net(x):
+        return (jax.nn.softplus(jnp.concatenate([x, x], axis=1) @ first) @ last)[0]
+
+    bound, _, _ = assert_sound(net, (1, 3), rng)
+    for found, part in ((bound.lower, np.maximum(-last, 0)), (bound.upper, np.maximum(last, 0))):
+        assert np.linalg.norm((first[:3] + first[3:]) * np.sqrt(part / 4), 2) ** 2 <= float(found)
+
+
 @pytest.mark.parametrize("name", ["softplus", "gelu", "silu", "tanh", "sigmoid", "mish"])
 def test_every_smooth_activation(name, x64):
     activation = {"tanh": jnp.tanh, "mish": jax.nn.mish}.get(name) or getattr(jax.nn, name)
