@@ -135,7 +135,9 @@ class Normalised(nn.Module):
             return linen.SpectralBound(module, mode="hard")(x, update_stats=update_stats)
 
         def sort(x: jax.Array) -> jax.Array:
-            return jnp.sort(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
+            # Written with max and min: jnp.sort takes eighteen times as long on a CPU.
+            a, b = x[..., ::2], x[..., 1::2]
+            return jnp.stack([jnp.minimum(a, b), jnp.maximum(a, b)], axis=-1).reshape(x.shape)
 
         x = sort(layer(nn.Conv(32, (4, 4), strides=2), x))
         x = sort(layer(nn.Conv(64, (4, 4), strides=2), x))
@@ -335,25 +337,26 @@ def _train_lipschitz(recipe: Recipe, variables: Any, train: data.Images, kept: K
     tx = optax.adam(optax.cosine_decay_schedule(recipe.rate, len(labels) // recipe.batch * recipe.epochs))
 
     @jax.jit
-    def epoch(carry: Any, i: jax.Array) -> Any:
-        order = _order(jax.random.fold_in(start, i), len(labels), recipe.batch)
+    def step(carry: Any, chosen: jax.Array) -> Any:
+        params, state, opt_state = carry
 
-        def step(carry: Any, chosen: jax.Array) -> Any:
-            params, state, opt_state = carry
+        def loss_fn(params: Any) -> Any:
+            everything = {"params": params, **state}
+            logits, new = model.apply(everything, images[chosen], update_stats=True, mutable=list(state))
+            # Margins are worth √2 ε each: a hinge beyond that, on a scale on which cross-entropy is sharp.
+            y = labels[chosen]
+            led = logits + jnp.where(jax.nn.one_hot(y, CLASSES, dtype=bool), 0, 2**0.5 * EPSILON)
+            return loss(led, y, recipe.sharpness), new
 
-            def loss_fn(params: Any) -> Any:
-                everything = {"params": params, **state}
-                logits, new = model.apply(everything, images[chosen], update_stats=True, mutable=list(state))
-                # Margins are worth √2 ε each: a hinge beyond that, on a scale on which cross-entropy is sharp.
-                y = labels[chosen]
-                led = logits + jnp.where(jax.nn.one_hot(y, CLASSES, dtype=bool), 0, 2**0.5 * EPSILON)
-                return loss(led, y, recipe.sharpness), new
+        (_, state), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), state, opt_state
 
-            (_, state), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = tx.update(gradients, opt_state)
-            return (optax.apply_updates(params, updates), state, opt_state), None
-
-        return jax.lax.scan(step, carry, order)[0]
+    def epoch(carry: Any, i: int) -> Any:
+        # Not a scan: inside a loop of XLA's a convolution takes ten times as long on a CPU.
+        for chosen in _order(jax.random.fold_in(start, i), len(labels), recipe.batch):
+            carry = step(carry, chosen)
+        return carry
 
     params, state, _ = kept.run(epoch, (params, variables, tx.init(params)))
     return {"params": params, **state}
