@@ -124,6 +124,12 @@ class Convolutional(nn.Module):
         return jnp.concatenate(columns, axis=1), jnp.concatenate(biases)
 
 
+def sorted_pairs(x: jax.Array) -> jax.Array:
+    """GroupSort of every two channels, by max and min: ``jnp.sort`` takes 18 times as long on a CPU."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return jnp.stack([jnp.minimum(a, b), jnp.maximum(a, b)], axis=-1).reshape(x.shape)
+
+
 class Normalised(nn.Module):
     """Convolutions and dense layers of norm at most 1 (each by its bound), with GroupSort between."""
 
@@ -132,16 +138,11 @@ class Normalised(nn.Module):
         """Logits ``(batch, 10)``."""
 
         def layer(module: nn.Module, x: jax.Array) -> jax.Array:
-            return linen.SpectralBound(module, mode="hard")(x, update_stats=update_stats)
+            return linen.SpectralBound(module, mode="hard", method="grid")(x, update_stats=update_stats)
 
-        def sort(x: jax.Array) -> jax.Array:
-            # Written with max and min: jnp.sort takes eighteen times as long on a CPU.
-            a, b = x[..., ::2], x[..., 1::2]
-            return jnp.stack([jnp.minimum(a, b), jnp.maximum(a, b)], axis=-1).reshape(x.shape)
-
-        x = sort(layer(nn.Conv(32, (4, 4), strides=2), x))
-        x = sort(layer(nn.Conv(64, (4, 4), strides=2), x))
-        x = sort(layer(nn.Dense(256), x.reshape(len(x), -1)))
+        x = sorted_pairs(layer(nn.Conv(32, (4, 4), strides=2), x))
+        x = sorted_pairs(layer(nn.Conv(64, (4, 4), strides=2), x))
+        x = sorted_pairs(layer(nn.Dense(256), x.reshape(len(x), -1)))
         return layer(nn.Dense(CLASSES), x)
 
 
@@ -172,13 +173,13 @@ class Recipe(NamedTuple):
     seed: int = 0
 
 
-_CONVOLUTIONAL = Recipe(Convolutional(), 50, 64, 3e-3, beta=0.06, shift=0.15, sharpness=0.5, flatness=(0.0, 0.3))
-_AVERAGED = _CONVOLUTIONAL._replace(model=Convolutional(shifts=CROSS), epochs=6, rate=6e-4, flatness=(0.3, 0.3), seed=1)
+_CONVOLUTIONAL = Recipe(Convolutional(), 60, 64, 3e-3, beta=0.06, shift=0.15, sharpness=0.5, flatness=(0.0, 0.3))
+_AVERAGED = _CONVOLUTIONAL._replace(model=Convolutional(shifts=CROSS), epochs=8, rate=6e-4, flatness=(0.3, 0.3), seed=1)
 # One after the other, each from the params of the one before.
 RECIPES = {
     "dense": (Recipe(Dense(), 40, 128, 4e-3, beta=0.1, shift=0.15, sharpness=0.5),),
     "conv": (_CONVOLUTIONAL, _AVERAGED),
-    "lipschitz": (Recipe(Normalised(), 10, 128, 2e-3, beta=0.0, shift=0.0, sharpness=4.0),),
+    "lipschitz": (Recipe(Normalised(), 10, 128, 5e-3, beta=0.0, shift=0.0, sharpness=8.0),),
 }
 _STEPS = 4  # towards the worst point of the ball
 
@@ -385,7 +386,7 @@ def run(name: str, options: argparse.Namespace, console: Console) -> dict[str, A
         task = progress.add_task(f"{name}: margins that need the search", total=None)
         if name == "lipschitz":
             logits = network
-            radii = np.asarray(robustness.lipschitz_radii(network, x, lipschitz.margins(network, x[:1])))
+            radii = np.asarray(robustness.lipschitz_radii(network, x, lipschitz.margins(network, x[:1], method="grid")))
         else:
             bent = jax.jit(lambda v: lipschitz.margin_curvatures(functools.partial(model.apply, v), x[:1]))
             report = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from fantastic4.linalg import real_array
@@ -293,8 +293,10 @@ def canonical(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None
                 factor *= math.sqrt(max(1 + extent // 2, min(phases, k)))
         strides.append(phases)
     groups = spec.groups
-    kernels = kernel.reshape(*kernel.shape[:-1], groups, kernel.shape[-1] // groups)
-    kernels = jnp.moveaxis(kernels, -2, 0)
+    if groups == 1:
+        kernels = lax.expand_dims(kernel, (0,))
+    else:
+        kernels = jnp.moveaxis(kernel.reshape(*kernel.shape[:-1], groups, kernel.shape[-1] // groups), -2, 0)
     if spec.transposed and not spec.transpose_kernel:
         kernels = jnp.swapaxes(kernels, -1, -2)
     return Canonical(_polyphase(kernels, tuple(strides)), factor)

@@ -101,7 +101,9 @@ def smallest(kernels: Array, top: Pairs, scale: Array | None = None) -> Array:
     if len(top.values) == 1:
         pick = lambda x, axis: lax.index_in_dim(x, 0, axis, keepdims=False)  # noqa: E731
     else:
-        pick = functools.partial(lax.dynamic_index_in_dim, index=jnp.argmin(top.values), keepdims=False)
+        # Unsigned: no index counts from the end.
+        least = lax.argmin(top.values, 0, jnp.uint32)
+        pick = functools.partial(lax.dynamic_index_in_dim, index=least, keepdims=False)
     value = with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
     if scale is None or top.gains is None:
         return value

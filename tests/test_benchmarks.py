@@ -9,6 +9,7 @@ import pytest
 import fantastic4 as f4
 from benchmarks import certify, core, models, speed, tightness, train_cifar
 from benchmarks.models import convolutions
+from fantastic4 import lipschitz
 
 RNG = np.random.default_rng(11)
 TINY = train_cifar.Setting(blocks=1, width=4, epochs=4, images=256)
@@ -180,6 +181,13 @@ def test_the_first_layer_written_out_is_that_of_the_network(model):
         weights = np.maximum(last[:, j] - last[:, i], 0) / 4
         exact = np.linalg.norm(np.asarray(matrix, np.float64) * np.sqrt(weights), 2) ** 2
         np.testing.assert_allclose(found[i, j], exact, rtol=0.02)
+
+
+def test_pairs_are_sorted_and_stretch_nothing():
+    x = jnp.asarray(RNG.normal(size=(2, 3, 8)))
+    pairs = np.sort(np.asarray(x).reshape(2, 3, 4, 2), axis=-1).reshape(x.shape)
+    np.testing.assert_array_equal(certify.sorted_pairs(x), pairs)
+    assert float(lipschitz.bound(certify.sorted_pairs, x).value) == 1  # not √2, as max and min apart would have it
 
 
 def test_a_moved_image_is_its_entries_elsewhere():
