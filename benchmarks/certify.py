@@ -383,11 +383,11 @@ def run(name: str, options: argparse.Namespace, console: Console) -> dict[str, A
         begin = time.perf_counter()
         network: Callable[..., Any] = functools.partial(model.apply, variables)
         x, y = jnp.asarray(test.images[:count]), test.labels[:count]
-        task = progress.add_task(f"{name}: margins that need the search", total=None)
         if name == "lipschitz":
             logits = network
             radii = np.asarray(robustness.lipschitz_radii(network, x, lipschitz.margins(network, x[:1], method="grid")))
         else:
+            task = progress.add_task(f"{name}: margins that need the search", total=None)
             bent = jax.jit(lambda v: lipschitz.margin_curvatures(functools.partial(model.apply, v), x[:1]))
             report = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
             # The same function with its convolutions written out: its gradients take a tenth of the time.
@@ -453,15 +453,7 @@ def main() -> None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(figures, indent=2) + "\n")
     table = Table(title=f"MNIST, certified at ℓ2 distance {EPSILON} against every other class")
-    for column in (
-        "network",
-        "clean",
-        "certified",
-        "survive the attack",
-        "certified but broken",
-        "training",
-        "certifying",
-    ):
+    for column in ("network", "clean", "certified", "survive PGD", "broken", "train", "certify"):
         table.add_column(column)
     for name in RECIPES:
         if name in figures:
