@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 REDUCTIONS = ("sum", "squared", "log")
-_ALONE = 2**16  # entries from which a kernel is no longer put beside others of its shape: the copy costs more
+_ALONE = 2**14  # entries from which a kernel is no longer put beside others of its shape: to copy and to compile costs more
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +120,17 @@ def init(
     return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.nan, dtype))
 
 
+@jax.custom_jvp
+def _summed(values: Array) -> Array:
+    """The sum. Behind a barrier: XLA makes a chain of additions of it, and passes over the program once for each."""
+    return jnp.sum(jax.lax.optimization_barrier(values))
+
+
+@_summed.defjvp
+def _summed_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _summed(*primals), jnp.sum(*tangents)
+
+
 @functools.partial(jax.jit, static_argnames=("reduce", "iterations"))
 def _penalty(
     leaves: Mapping[str, Array],
@@ -149,7 +160,7 @@ def _penalty(
         excess = jnp.maximum(all_values - threshold, 0)
     if reduce == "squared":
         excess = excess * excess
-    total = jnp.sum(excess if weights is None else weights * excess)
+    total = _summed(excess if weights is None else weights * excess)
     new = dataclasses.replace(state, inner=tuple(inner), values=jax.lax.stop_gradient(all_values))
     return total, new
 
