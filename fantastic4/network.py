@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 REDUCTIONS = ("sum", "squared", "log")
-_ALONE = 2**14  # entries from which a kernel is no longer put beside others of its shape: to copy and to compile costs more
+_ALONE = 2**14  # entries from which a kernel is not put beside others of its shape: to copy and to compile costs more
 
 
 @jax.tree_util.register_dataclass
