@@ -27,8 +27,8 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
-# Trains on all of MNIST and certifies the 10,000 test images: five to eleven minutes. NETWORK=conv takes an hour;
-# lipschitz, all.
+# Trains on all of MNIST and certifies the 10,000 test images: five to eleven minutes.
+# Other networks: NETWORK=conv (an hour), NETWORK=lipschitz, NETWORK=all.
 NETWORK ?= dense
 certify-mnist: .venv/demo
 	$(BIN)/python -m benchmarks.data mnist

@@ -131,7 +131,7 @@ def sorted_pairs(x: jax.Array) -> jax.Array:
 
 
 class Normalised(nn.Module):
-    """Convolutions and dense layers of norm at most 1 (each by its bound), with GroupSort between."""
+    """Convolutions and dense layers, each divided by the estimate of its bound, with GroupSort between."""
 
     @nn.compact
     def __call__(self, x: jax.Array, update_stats: bool = False) -> jax.Array:
