@@ -20,6 +20,8 @@ from fantastic4.linalg import HIGHEST, generic, unit
 from fantastic4.unfolding import Axes, Pairs, distinct, others
 
 _ROWS = 200  # taps times unfoldings up to which they are one matrix: 7×7
+_LARGE = 2**20  # entries of a kernel from which on a CPU waits for memory, not for arithmetic
+_COLUMNS, _UNROLLED = 4, 16  # columns, and rows of a kernel, of which LLVM still unrolls all the products
 
 
 class _Sharing(NamedTuple):
@@ -85,6 +87,36 @@ def _over_root(squares: Array) -> Array:
     return lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
 
 
+def _each_tap(x: Array, taps: Array) -> Array:
+    """``(batch, taps, m, c_in)`` times ``(batch, taps, c_in, c_out)``."""
+    return lax.dot_general(x, taps, (((3,), (2,)), ((0, 1), (0, 1))), precision=HIGHEST)
+
+
+def _each_tap_streamed(x: Array, taps: Array) -> Array:
+    """The same, and reads the kernel once.
+
+    A CPU's product of matrices packs its right operand first: it reads a kernel, writes it and reads it again. Here
+    one loop reads each row once, for all m columns; it sums `_UNROLLED` rows in registers and leaves 1/16 of the rows.
+    """
+    batch, count, c_in, c_out = taps.shape
+    m = x.shape[2]
+    # XLA would make x anew for each row, but does not look through a product.
+    x = lax.dot_general(jnp.eye(m, dtype=x.dtype), x, (((0,), (2,)), ((), ())), precision=HIGHEST)
+    rows = taps.reshape(batch * count, _UNROLLED, c_in // _UNROLLED, c_out)
+    x = x.reshape(m, batch * count, _UNROLLED, c_in // _UNROLLED, 1)
+    zero = jnp.zeros((), taps.dtype)
+    add = lambda a, b: [p + q for p, q in zip(a, b, strict=True)]  # noqa: E731
+    parts = lax.reduce([rows * x[i] for i in range(m)], [zero] * m, add, (1,))
+    return jnp.stack([jnp.sum(part, axis=1) for part in parts], axis=1).reshape(batch, count, m, c_out)
+
+
+def _back(x: Array, taps: Array) -> Array:
+    """What the inputs ``(batch, taps, m, c_in)`` give at the outputs of each tap, ``(batch, taps, m, c_out)``."""
+    if math.prod(taps.shape[1:]) < _LARGE or x.shape[2] != _COLUMNS or taps.shape[2] % _UNROLLED:
+        return _each_tap(x, taps)
+    return lax.platform_dependent(x, taps, cpu=_each_tap_streamed, default=_each_tap)
+
+
 class PowerState(NamedTuple):
     """What the next power step starts from, for all distinct unfoldings.
 
@@ -134,8 +166,7 @@ def step(
         product = jnp.swapaxes(lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST), 2, 3)
     product, squares = _share(by_weight(product), inp)
     inputs = by_weight(product * _over_root(squares)[:, None, :, None])
-    near = inputs * state.scales[:, None, :, None]
-    bare = lax.dot_general(near, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
+    bare = _back(inputs * state.scales[:, None, :, None], taps)
     product, squares = _share(by_scale(bare), out)
     if alone:
         squares, inputs, product, bare = squares[:, :1], inputs[:, :, :1], product[:, :, :1], bare[:, :, :1]

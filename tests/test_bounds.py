@@ -245,6 +245,23 @@ def test_a_step_reads_the_kernel_twice_and_its_gradient_writes_it_once():
     assert compiled.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 32, 7), (3, 3, 512, 256)])  # the large one is streamed on a CPU
+def test_a_step_is_one_power_iteration_of_each_matrix(shape):
+    kernel = cases.draw(np.random.default_rng(5), shape, "normal").astype(np.float32)
+    state = start(kernel, warmup=0)
+    four, after = f4.step(kernel, state)
+    at_taps = np.asarray(state.vectors, np.float64).reshape(3, 3, 4, shape[-1])
+    new = np.asarray(after.vectors).reshape(at_taps.shape)
+    owned = {"R": ("ho", np.s_[:, 0]), "S": ("wo", np.s_[0]), "T": ("o", np.s_[0, 0]), "U": ("hwo", np.s_[:, :])}
+    for m, (name, (mine, place)) in enumerate(owned.items()):
+        others = "".join(a for a in "hw" if a not in mine) + "i"
+        right = np.einsum(f"hwio,{mine}->{others}", kernel.astype(np.float64), at_taps[..., m, :][place], optimize=True)
+        right /= np.linalg.norm(right)
+        left = np.einsum(f"hwio,{others}->{mine}", kernel.astype(np.float64), right, optimize=True)
+        np.testing.assert_allclose(four[name], 3 * np.linalg.norm(left), rtol=1e-5)
+        np.testing.assert_allclose(new[..., m, :][place], left / np.sum(left * left), rtol=0, atol=1e-5 * new.max())
+
+
 def test_products_run_at_the_highest_precision():
     """On a GPU the default for float32 is TF32; a CPU cannot show that, the jaxpr can."""
     state = start(KERNEL)
