@@ -96,17 +96,18 @@ def _each_tap_streamed(x: Array, taps: Array) -> Array:
     """The same, and reads the kernel once.
 
     A CPU's product of matrices packs its right operand first: it reads a kernel, writes it and reads it again. Here
-    one loop reads each row once, for all m columns; it sums `_UNROLLED` rows in registers and leaves 1/16 of the rows.
+    one loop reads each row once, for all m columns; it sums `_UNROLLED` rows in registers, neighbours, so that of a kernel
+    whose inputs are sharded each device sums its own, and leaves as many sums as there are such blocks.
     """
     batch, count, c_in, c_out = taps.shape
     m = x.shape[2]
     # XLA would make x anew for each row, but does not look through a product.
     x = lax.dot_general(jnp.eye(m, dtype=x.dtype), x, (((0,), (2,)), ((), ())), precision=HIGHEST)
-    rows = taps.reshape(batch * count, _UNROLLED, c_in // _UNROLLED, c_out)
-    x = x.reshape(m, batch * count, _UNROLLED, c_in // _UNROLLED, 1)
+    rows = taps.reshape(batch * count, c_in // _UNROLLED, _UNROLLED, c_out)
+    x = x.reshape(m, batch * count, c_in // _UNROLLED, _UNROLLED, 1)
     zero = jnp.zeros((), taps.dtype)
     add = lambda a, b: [p + q for p, q in zip(a, b, strict=True)]  # noqa: E731
-    parts = lax.reduce([rows * x[i] for i in range(m)], [zero] * m, add, (1,))
+    parts = lax.reduce([rows * x[i] for i in range(m)], [zero] * m, add, (2,))
     return jnp.stack([jnp.sum(part, axis=1) for part in parts], axis=1).reshape(batch, count, m, c_out)
 
 
