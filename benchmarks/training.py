@@ -169,9 +169,6 @@ def compilation(rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {f"compile_s {name}": float(np.median(values)) for name, values in times.items()}
     result |= {f"compile_processor_s {name}": float(np.median(values)) for name, values in processor.items()}
     result["ratio compile penalty/plain (target <= 1.3)"] = result["compile_s penalty"] / result["compile_s plain"]
-    # Of the time of all cores: less at the mercy of what else the machine does.
-    processor_ratio = result["compile_processor_s penalty"] / result["compile_processor_s plain"]
-    result["ratio compile, processor time, penalty/plain"] = processor_ratio
     return result
 
 

@@ -96,8 +96,8 @@ def _each_tap_streamed(x: Array, taps: Array) -> Array:
     """The same, and reads the kernel once.
 
     A CPU's product of matrices packs its right operand first: it reads a kernel, writes it and reads it again. Here
-    one loop reads each row once, for all m columns; it sums `_UNROLLED` rows in registers, neighbours, so that of a kernel
-    whose inputs are sharded each device sums its own, and leaves as many sums as there are such blocks.
+    one loop reads each row once, for all m columns, and sums `_UNROLLED` of them in registers. They are neighbours, so
+    that each device sums its own of a kernel whose inputs are sharded.
     """
     batch, count, c_in, c_out = taps.shape
     m = x.shape[2]
