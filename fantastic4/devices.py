@@ -1,12 +1,16 @@
-"""Many devices: a function of many frequencies, each device its share of them."""
+"""Many devices: a function of many frequencies, each device its share of them; and a function on any mesh."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec, auto_axes, get_abstract_mesh, use_abstract_mesh
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def spread(function: Callable[..., Any], mesh: Mesh | None, shared: int, split: int) -> Callable[..., Any]:
@@ -25,10 +29,55 @@ def spread(function: Callable[..., Any], mesh: Mesh | None, shared: int, split: 
         return jax.jit(function)
     whole, part = PartitionSpec(), PartitionSpec(mesh.axis_names)
     specs = (*(whole,) * shared, *(part,) * split)
+    of_xla = Mesh(mesh.devices, mesh.axis_names)
     # What varies over the mesh is seen by in_specs; the loops inside start from constants, which the check refuses.
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False))
+    divided = jax.jit(jax.shard_map(function, mesh=of_xla, in_specs=specs, out_specs=part, check_vma=False))
+
+    def call(*args: Any) -> Any:
+        if mesh.abstract_mesh == of_xla.abstract_mesh or get_abstract_mesh() == of_xla.abstract_mesh:
+            return divided(*args)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return auto_axes(divided, out_sharding=whole)(*args)
+
+    return call
 
 
 def size(mesh: Mesh | None) -> int:
     """How many devices."""
     return 1 if mesh is None else mesh.size
+
+
+def on_any_mesh(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, which leaves it to XLA where its numbers lie, for arrays on a mesh with explicit axes too.
+
+    JAX makes such axes part of an array's type, and refuses a sum over one of them that does not say where its result
+    lies. Inside, the axes are of XLA. Outside, a result of an argument's shape lies as that argument does, and of one
+    that ends in an axis of the same length that axis: beside a sharded kernel a state that is replicated makes XLA
+    gather the kernel. All others, being small, are replicated.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+        types = map(jax.typeof, arrays.values())
+        sharded = [t for t in types if any(axis is not None for axis in t.sharding.spec)]
+        mesh = next((t.sharding.mesh for t in sharded if AxisType.Explicit in t.sharding.mesh.axis_types), None)
+        if mesh is None:
+            return function(*args, **kwargs)
+        alike = {t.shape: t.sharding.spec for t in reversed(sharded)}
+        last = {t.shape[-1]: t.sharding.spec[-1] for t in reversed(sharded)}
+
+        def lies(result: Any) -> PartitionSpec:
+            ends = (*(None,) * (result.ndim - 1), last.get(result.shape[-1])) if result.ndim else ()
+            return alike.get(result.shape, PartitionSpec(*ends))
+
+        def flat(arrays: dict[int, Any]) -> Any:
+            args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return function(*args, **kwargs)
+
+        with use_abstract_mesh(mesh):
+            results = jax.eval_shape(auto_axes(flat, out_sharding=PartitionSpec()), arrays)
+            return auto_axes(flat, out_sharding=jax.tree.map(lies, results))(arrays)
+
+    return call

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from fantastic4.devices import on_any_mesh
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,7 +95,7 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         names = tuple(n for n, c in static.items() if c is not number)
-        call = jax.jit(function, static_argnames=names) if compiled else function
+        call = on_any_mesh(jax.jit(function, static_argnames=names) if compiled else function)
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:

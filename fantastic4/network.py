@@ -19,6 +19,7 @@ from jax import Array
 from fantastic4 import dense as dense_norms
 from fantastic4 import ladder
 from fantastic4.bounds import METHODS, bound
+from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice, count, number, optional, same_kind
 from fantastic4.kernels import Dense, Layer, Select, Spec, Stacked, find, leaves_at, replace, some
 from fantastic4.linalg import each
@@ -74,6 +75,24 @@ def _stack(leaves: Mapping[str, Array], layers: Sequence[Layer]) -> Array:
     return kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels)
 
 
+@on_any_mesh
+def _starts(
+    leaves: Mapping[str, Array],
+    key: Array,
+    layers: Sequence[Layer],
+    groups: tuple[tuple[int, ...], ...],
+    how: Mapping[str, Any],
+) -> tuple[ladder.LadderState, ...]:
+    """The start of every group; ``how`` is for convolutions, matrices have one way only."""
+    starts = []
+    for group in groups:
+        members = [layers[i] for i in group]
+        ways = dict(how) | ({"method": "four", "points": None} if members[0].is_dense else {})
+        start = lambda kernel: ladder.init(kernel, members[0].conv, key=key, **ways)  # noqa: B023, E731
+        starts.append(each(start, _stack(leaves, members)))
+    return tuple(starts)
+
+
 def init(
     params: Any,
     *,
@@ -105,17 +124,9 @@ def init(
     layers = find(params, select=select, specs=specs)
     leaves, groups = leaves_at(params, layers), _groups(layers)
     method, points = choice(*ladder.TRAINING_METHODS)("method", method), optional(count(1))("points", points)
-    inner = []
-    for group in groups:
-        members = [layers[i] for i in group]
-        kernels = _stack(leaves, members)
-        how: dict[str, Any] = {"method": method, "points": points, "warmup": warmup}
-        if members[0].is_dense:
-            how |= {"method": "four", "points": None}
-        # All from one key: a start must not be orthogonal to a top vector, it need not differ from the others.
-        start = lambda kernel: ladder.init(kernel, members[0].conv, key=key, **how)  # noqa: B023, E731
-        inner.append(each(start, kernels))
-    state = NetworkState(tuple(inner), jnp.zeros(0), layers, groups)
+    # All from one key: a start must not be orthogonal to a top vector, it need not differ from the others.
+    how: dict[str, Any] = {"method": method, "points": points, "warmup": warmup}
+    state = NetworkState(_starts(leaves, key, layers, groups, how), jnp.zeros(0), layers, groups)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves.values()))
     return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.nan, dtype))
 
@@ -131,6 +142,7 @@ def _summed_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     return _summed(*primals), jnp.sum(*tangents)
 
 
+@on_any_mesh
 @functools.partial(jax.jit, static_argnames=("reduce", "iterations"))
 def _penalty(
     leaves: Mapping[str, Array],
@@ -226,6 +238,15 @@ def _bound(layer: Layer, method: str, kernel: Array) -> Array:
     return dense_norms.bound(kernel[0]) if layer.is_dense else bound(kernel, layer.conv, method=method)
 
 
+@on_any_mesh
+def _bounds(leaves: Mapping[str, Array], layers: Sequence[Layer], method: str) -> dict[str, Array]:
+    found = {}
+    for layer in layers:
+        values = each(functools.partial(_bound, layer, method), layer.kernels(leaves[layer.path]))
+        found[layer.path] = values if isinstance(layer.spec, Stacked) else values[0]
+    return found
+
+
 def bounds(params: Any, layers: Sequence[Layer], *, method: str = "four") -> dict[str, Array]:
     """A sound upper bound of every layer's norm, by path: never below it, rounding included.
 
@@ -238,11 +259,7 @@ def bounds(params: Any, layers: Sequence[Layer], *, method: str = "four") -> dic
       A scalar each, or ``(layers,)`` for a `Stacked` kernel; differentiable.
     """
     method = choice(*METHODS)("method", method)
-    found = {}
-    for layer, leaf in zip(layers, leaves_at(params, layers).values(), strict=True):
-        values = each(functools.partial(_bound, layer, method), layer.kernels(leaf))
-        found[layer.path] = values if isinstance(layer.spec, Stacked) else values[0]
-    return found
+    return _bounds(leaves_at(params, layers), layers, method)
 
 
 @dataclasses.dataclass(frozen=True)

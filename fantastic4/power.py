@@ -19,7 +19,7 @@ from jax import Array, lax
 from fantastic4.linalg import HIGHEST, generic, unit
 from fantastic4.unfolding import Axes, Pairs, distinct, others
 
-_ROWS = 200  # taps times unfoldings up to which they are one matrix: 7×7
+_ROWS = 100  # taps times unfoldings up to which they are one matrix: 5×5
 _LARGE = 2**20  # entries of a kernel from which on a CPU waits for memory, not for arithmetic
 _COLUMNS, _UNROLLED = 4, 16  # columns, and rows of a kernel, of which LLVM still unrolls all the products
 

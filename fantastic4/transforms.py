@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from fantastic4 import network
 from fantastic4.clipping import clip_singular_values
+from fantastic4.devices import on_any_mesh
 from fantastic4.entry import count, sizes
 from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
@@ -297,7 +298,7 @@ def _projection(
         given = network.leaves_at(updates, layers, "the layers of these params")
         counted = optax.safe_increment(state.updates)
 
-        def projected(given: dict[str, Array]) -> dict[str, Array]:
+        def projected(old: dict[str, Array], given: dict[str, Array]) -> dict[str, Array]:
             alike: dict[Any, list[str]] = {}
             for layer in layers:
                 path = layer.path
@@ -315,7 +316,12 @@ def _projection(
                 done |= dict(zip(paths, last, strict=True))
             return done
 
-        new = projected(given) if every == 1 else lax.cond(counted % every == 0, projected, lambda x: x, given)
+        @on_any_mesh
+        def replaced(old: dict[str, Array], given: dict[str, Array], counted: Array) -> dict[str, Array]:
+            change = functools.partial(projected, old)
+            return change(given) if every == 1 else lax.cond(counted % every == 0, change, lambda x: x, given)
+
+        new = replaced(old, given, counted)
         return network.replace(updates, new), ProjectionState(counted)
 
     return optax.GradientTransformation(init, update)

@@ -30,6 +30,11 @@ def mesh():
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+@pytest.fixture(scope="module")
+def explicit_mesh():
+    return jax.make_mesh((2, 4), ("data", "model"))
+
+
 def gathered(compiled, shapes, share=1):
     """Collectives of the program that move as many numbers as one of the kernels has, or as a share of it."""
     sizes = {int(np.prod(shape)) for shape in shapes}
@@ -64,9 +69,9 @@ def large():
     return {"kernel": jax.random.normal(KEY, (3, 3, 512, 256))}
 
 
-@pytest.mark.parametrize(("make", "share"), [(tree, 1), (large, 1 / 32)])
-@pytest.mark.parametrize("name", SHARDINGS)
-def test_the_step_is_the_same_and_gathers_no_kernel(mesh, name, make, share):
+def check_the_step(mesh, name, make, share):
+    """Of sharded params, the step is what it is of whole ones, and gathers no kernel."""
+
     def step(params, state):
         return jax.value_and_grad(lambda p: network.step(p, state), has_aux=True)(params)
 
@@ -83,6 +88,32 @@ def test_the_step_is_the_same_and_gathers_no_kernel(mesh, name, make, share):
     np.testing.assert_allclose(advanced.values, new.values, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(theirs), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(("make", "share"), [(tree, 1), (large, 1 / 32)])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_the_step_is_the_same_and_gathers_no_kernel(mesh, name, make, share):
+    check_the_step(mesh, name, make, share)
+
+
+@pytest.mark.parametrize("name", ["outputs", "inputs", "both"])
+def test_a_mesh_with_explicit_axes(explicit_mesh, name):
+    check_the_step(explicit_mesh, name, tree, 1)
+
+
+def test_what_is_sound_on_a_mesh_with_explicit_axes(explicit_mesh):
+    with jax.set_mesh(explicit_mesh):
+        alone, tx = {name: tree()[name] for name in "ad"}, transforms.project_spectral_norm(1.0)
+        params = shard(alone, explicit_mesh, SHARDINGS["both"])
+        layers = network.find(params)
+        bounds = network.bounds(alone, layers)
+        for path, bound in network.bounds(params, layers).items():
+            np.testing.assert_allclose(bound, bounds[path], rtol=1e-5)
+        np.testing.assert_allclose(f4.bound(params["a"]["kernel"]), bounds["a/kernel"], rtol=1e-5)
+        updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        assert all(0.999 <= bound <= 1 for bound in network.bounds(after, layers).values())
+        assert jax.tree.map(lambda p: p.sharding, after) == jax.tree.map(lambda p: p.sharding, params)
 
 
 def test_a_train_step_with_optax(mesh):
@@ -118,15 +149,16 @@ def test_the_wrapper_under_data_parallelism(mesh):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_spectrum_and_interval_spread_their_frequencies(mesh):
+@pytest.mark.parametrize("which", ["mesh", "explicit_mesh"])
+def test_spectrum_and_interval_spread_their_frequencies(which, request):
+    mesh = request.getfixturevalue(which)
     kernel = jax.random.normal(KEY, (3, 3, 6, 5))
     alone = f4.singular_values(kernel, (7, 9))
     spread = f4.singular_values(kernel, (7, 9), mesh=mesh)
     np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-5)
     text = jax.jit(lambda k: f4.singular_values(k, (7, 9), mesh=mesh)).lower(kernel).compile().as_text()
-    batches = {int(n) for n in re.findall(r"f32\[(\d+),1,5\]", text)}
-    assert 4 in batches  # a device's share of the 32 frequencies
-    assert 32 not in batches
+    batches = {int(n) for n in re.findall(r"f32\[(\d+),1,1,5\]\S* .*custom-call", text)}
+    assert batches == {4}  # a device's share of the 32 frequencies
     one = f4.norm_interval(kernel, rtol=1e-4)
     many = f4.norm_interval(kernel, rtol=1e-4, mesh=mesh)
     assert many.reached
