@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from fantastic4 import unfolding
 from fantastic4.dense import frobenius_bound
-from fantastic4.linalg import HIGHEST, generic, with_pairs
+from fantastic4.linalg import HIGHEST, generic, map_rows, with_pairs
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import CHUNK_BYTES, at_once, half_grid, places, turns
 
@@ -112,7 +112,7 @@ def certified_top(kernels: Array, fourier: unfolding.Axes, size: int | tuple[int
 
     one = 16 * batch * math.prod(left_over) * c_in * c_out * kernels.dtype.itemsize
     chunk = at_once(len(points), one, CHUNK_BYTES)
-    values, inputs, outputs = lax.map(at, (cosines, sines), batch_size=chunk)  # (points, batch, rest taps, 2c)
+    values, inputs, outputs = map_rows(at, (cosines, sines), chunk)  # (points, batch, rest taps, 2c)
     poisoned = jnp.any(jnp.isnan(values))
     point, group = jnp.divmod(jnp.argmax(values), batch)
     value = round_up(jnp.max(values) * constant_up(scale, kernels.dtype) * up + flushed, 6)

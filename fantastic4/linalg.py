@@ -71,6 +71,25 @@ def after(x: Array, other: Array) -> Array:
     return x + (lax.population_count(bits) >> 6)[0].astype(x.dtype)
 
 
+def map_rows(function: Callable[..., Any], rows: Any, size: int) -> Any:
+    """``function`` of each row, stacked, at most ``size`` rows at once: ``lax.map``, in chunks that are all alike.
+
+    With a ``batch_size`` that does not divide their number, ``lax.map`` computes the last rows beside its loop. On a
+    CPU two batches of LAPACK calls then wait for one another, see `after`. Here the last row is repeated instead.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    chunks = -(-count // size)
+    size = -(-count // chunks)
+    missing = chunks * size - count
+
+    def chunked(x: Array) -> Array:
+        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))]) if missing else jnp.asarray(x)
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    found = lax.map(jax.vmap(function), jax.tree.map(chunked, rows))
+    return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], found)
+
+
 def generic(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Numbers in [-1, 1) without pattern, from a ``jax.random.key``: to start a power iteration from.
 

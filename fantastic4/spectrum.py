@@ -22,7 +22,7 @@ from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.devices import spread
 from fantastic4.entry import entry, sizes
 from fantastic4.entry import mesh as one_mesh
-from fantastic4.linalg import HIGHEST, all_finite, krylov_top, real_array, with_pairs
+from fantastic4.linalg import HIGHEST, all_finite, krylov_top, map_rows, real_array, with_pairs
 from fantastic4.rounding import power_of_two
 from fantastic4.symbol import (
     CHUNK_BYTES,
@@ -91,7 +91,7 @@ def _map_chunks(kernels: Array, grid: Grid, mesh: Mesh | None = None) -> Array:
 
     def share(kernels: Array, points: Array) -> Array:
         size = at_once(len(points), one, CHUNK_BYTES)
-        return lax.map(lambda p: _values(symbols(kernels, p[None], grid.sizes))[0], points, batch_size=size)
+        return map_rows(lambda p: _values(symbols(kernels, p[None], grid.sizes))[0], points, size)
 
     if mesh is None:
         return share(kernels, jnp.asarray(grid.points))
@@ -146,11 +146,11 @@ def _by_exclusion(kernels: Array, coefficients: Gram, grid: Grid) -> _Largest:
     some = np.unique(np.linspace(0, len(grid.points) - 1, 8).astype(int))
     rows = partial(jax.tree.map, lambda t: t[None])
     size = at_once(len(grid.points), batch * n * n, CHUNK_ENTRIES)
-    rough = lax.map(lambda tables: climb(rows(tables), 8)[0], (cosines[some], sines[some]), batch_size=size)
+    rough = map_rows(lambda tables: climb(rows(tables), 8)[0], (cosines[some], sines[some]), size)
     point, group = jnp.divmod(jnp.argmax(rough), batch)
     point = jnp.asarray(some)[point]
     guess = _Largest(climb(at(point), min(n, 48))[0, group], point, group)
-    left = ~lax.map(lambda tables: excluded(guess.value, rows(tables))[0], (cosines, sines), batch_size=size)
+    left = ~map_rows(lambda tables: excluded(guess.value, rows(tables))[0], (cosines, sines), size)
 
     def visit(improve: Callable[[Array, Array], Array]) -> Callable[[Any], Any]:
         """Exclude the next point that is left, or see how high it is."""

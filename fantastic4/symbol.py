@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from fantastic4.linalg import HIGHEST
+from fantastic4.linalg import HIGHEST, map_rows
 
 CHUNK_BYTES = 2**22  # of symbols in flight: larger arrays are slower to allocate than to fill
 CHUNK_ENTRIES = 2**18  # of Gram matrices in flight, likewise
@@ -146,7 +146,7 @@ def gram(kernels: Array) -> Gram:
 
     one = 4 * batch * c_in * c_out * kernels.dtype.itemsize
     size = at_once(len(points), one, CHUNK_BYTES)
-    real, imag = lax.map(values, jnp.asarray(points), batch_size=size)
+    real, imag = map_rows(values, jnp.asarray(points), size)
     cosines, sines = (t.T for t in turns(points, sizes, lags(tuple(taps))))
     both = np.where(np.arange(len(points)) > 0, 2.0, 1.0)  # f and -f; the sizes are odd, so only 0 is its own opposite
     weight = both[:, None] * both / math.prod(sizes)

@@ -9,6 +9,7 @@ import pytest
 
 import fantastic4 as f4
 from fantastic4 import spectrum, symbol
+from fantastic4.linalg import map_rows
 
 KERNEL = np.random.default_rng(0).standard_normal((3, 2, 3, 4)).astype(np.float32)
 
@@ -165,3 +166,29 @@ def test_most_frequencies_are_excluded():
         spectrum._values = real
     np.testing.assert_allclose(found, oracle.circular_values(np.asarray(kernel, np.float32), (8, 8))[0], rtol=3e-6)
     assert len(calls) <= 4 < len(grid.points)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
+def test_rows_in_chunks_are_the_rows(size):
+    x = np.arange(14.0, dtype=np.float32).reshape(7, 2)
+    traced = []
+
+    def function(row):
+        traced.append(row)
+        return row[0] * row[1], row
+
+    products, rows = map_rows(function, x, size)
+    np.testing.assert_array_equal(products, x[:, 0] * x[:, 1])
+    np.testing.assert_array_equal(rows, x)
+    assert len(traced) == 1
+
+
+def test_no_batch_of_lapack_runs_beside_another():
+    """Two wait for one another for ever, once in some dozen calls: 28 x 28 frequencies are no multiple of a chunk."""
+    kernel = jnp.ones((3, 3, 128, 128))
+    spectrum = str(jax.make_jaxpr(lambda k: f4.singular_values(k, (28, 28)))(kernel))
+    assert spectrum.count("= svd[") == 1
+    norms = [str(jax.make_jaxpr(lambda k, n=n: f4.exact_norm(k, (n, n)))(kernel)) for n in (8, 28)]
+    once = norms[0].count("= cholesky")  # 8 x 8 fit into one chunk
+    assert once > 0
+    assert norms[1].count("= cholesky") == once

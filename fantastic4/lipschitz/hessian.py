@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from fantastic4 import dense
 from fantastic4.expression import Expr, affine
+from fantastic4.linalg import map_rows
 from fantastic4.lipschitz.graph import Node, Signal, multiplicity
 from fantastic4.lipschitz.nodes import Fixed, Input, Joint, Linear, Scaled, Sum
 from fantastic4.lipschitz.numbers import SMOOTH, Numbers, of_one_number
@@ -134,7 +135,7 @@ def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
     else:
         apply, kernel = node.apply, node.kernel
         basis = jnp.eye(n_in, dtype=kernel.dtype).reshape(n_in, *source.shape)
-        matrix = lax.map(lambda unit: apply(kernel, unit), basis, batch_size=64).reshape(n_in, n_out)
+        matrix = map_rows(lambda unit: apply(kernel, unit), basis, 64).reshape(n_in, n_out)
     if source.index is not None:
         places = source.index.ravel()
         matrix = jnp.zeros((entries, n_out), matrix.dtype).at[places[places >= 0]].set(matrix[places >= 0])
