@@ -253,7 +253,8 @@ def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIR
     """The largest of `singular_values`, without sorting or keeping the others.
 
     Its derivative is that of the top pair at its frequency, held constant: one small decomposition, in
-    both modes, where differentiating the spectrum takes one a frequency.
+    both modes, where differentiating the spectrum takes one a frequency. For several layers in one jitted
+    function on a CPU see `singular_values`.
 
     Args:
       kernel: ``(*spatial, c_in // groups, c_out)``.
