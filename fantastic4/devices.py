@@ -53,7 +53,7 @@ def on_any_mesh(function: Callable[P, R]) -> Callable[P, R]:
     JAX makes such axes part of an array's type, and refuses a sum over one of them that does not say where its result
     lies. Inside, the axes are of XLA. Outside, a result of an argument's shape lies as that argument does, and of one
     that ends in an axis of the same length that axis: beside a sharded kernel a state that is replicated makes XLA
-    gather the kernel. All others, being small, are replicated.
+    gather the kernel. All others are replicated: they are small, but for a batch that `jacobian` maps.
     """
 
     @functools.wraps(function)
