@@ -51,6 +51,15 @@ def _sharing(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Sharing, _Sharin
     return sharing(list(outputs)), sharing([others(taps, axes) for axes in outputs])
 
 
+def _is_flat(shape: tuple[int, ...]) -> bool:
+    """Whether the vectors of all unfoldings, ``(batch, taps, m, channels)``, go into one matrix of few rows.
+
+    Products of all rows are many for depthwise kernels, which have more taps than channels.
+    """
+    batch, taps, m, channels = shape
+    return taps * m <= _ROWS and (batch == 1 or taps * m <= channels)
+
+
 def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
     """Add up what belongs to one vector, at all taps that read it, and take the vectors' squared norms.
 
@@ -62,29 +71,45 @@ def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
       The same shape, and squared norms ``(batch, m)``.
     """
     batch, taps, m, channels = product.shape
-    rows = taps * m
-    # Products of all rows are many for depthwise kernels, which have more taps than channels.
-    if rows > _ROWS or (batch > 1 and rows > channels):
+    rows, readers = taps * m, np.broadcast_to(side.readers.astype(product.dtype), (batch, m))
+    if not _is_flat(product.shape):
         summed = jnp.einsum("mst,btmc->bsmc", side.same, product, precision=HIGHEST)
-        return summed, jnp.einsum("btmc,btmc->bm", summed, summed, precision=HIGHEST) / side.readers
+        return summed, jnp.einsum("btmc,btmc->bm", summed, summed, precision=HIGHEST) / readers
     # One matrix for all unfoldings, and norms from a product of matrices: of few rows neither costs anything, and XLA
     # takes far longer to compile a transposition, or a sum of squares.
-    flat = product.reshape(batch, rows, channels)
+    flat = lax.reshape(product, (batch, rows, channels))
     if taps > 1:
-        block_diagonal = np.zeros((taps, m) * 2, np.float32)
+        block_diagonal = np.zeros((taps, m) * 2, product.dtype)
         block_diagonal[:, np.arange(m), :, np.arange(m)] = side.same
         flat = lax.dot_general(block_diagonal.reshape(rows, rows), flat, (((1,), (1,)), ((), ())), precision=HIGHEST)
-        flat = jnp.swapaxes(flat, 0, 1)
+        flat = lax.transpose(flat, (1, 0, 2))
     products = lax.dot_general(flat, flat, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
-    squares = lax.slice(products.reshape(batch, -1), (0, 0), (batch, rows * rows), (1, rows + 1))
+    squares = lax.slice(lax.reshape(products, (batch, rows * rows)), (0, 0), (batch, rows * rows), (1, rows + 1))
     if taps > 1:
-        squares = jnp.sum(squares.reshape(batch, taps, m), axis=1) / side.readers
-    return flat.reshape(product.shape), squares
+        squares = lax.div(lax.reduce_sum(lax.reshape(squares, (batch, taps, m)), (1,)), readers)
+    return lax.reshape(flat, product.shape), squares
 
 
 def _over_root(squares: Array) -> Array:
     """1/√x; of zero, a large number."""
-    return lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+    return lax.rsqrt(lax.max(squares, np.full(squares.shape, np.finfo(squares.dtype).tiny)))
+
+
+def _times(x: Array, factors: Array) -> Array:
+    """``(batch, taps, m, channels)`` times ``(batch, m)``."""
+    return lax.mul(x, lax.broadcast_in_dim(factors, x.shape, (0, 2)))
+
+
+def _rows_times(x: Array, factors: Array) -> Array:
+    """The same as a product of matrices, of which XLA compiles one for all numbers of channels."""
+    batch, taps, m, channels = x.shape
+    if not _is_flat(x.shape):
+        return _times(x, factors)
+    rows = taps * m
+    diagonal = lax.broadcast(np.eye(rows, dtype=x.dtype).reshape(rows, taps, m), (batch,))
+    diagonal = lax.mul(diagonal, lax.broadcast_in_dim(factors, diagonal.shape, (0, 3)))
+    diagonal, flat = lax.reshape(diagonal, (batch, rows, rows)), lax.reshape(x, (batch, rows, channels))
+    return lax.reshape(lax.dot_general(diagonal, flat, (((2,), (1,)), ((0,), (0,))), precision=HIGHEST), x.shape)
 
 
 def _each_tap(x: Array, taps: Array) -> Array:
@@ -124,7 +149,8 @@ class PowerState(NamedTuple):
     Attributes:
       vectors: ``(batch, taps, m, c_out)``, left singular vectors as each tap reads them, divided by
         their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
-      scales: ``(batch, m)``, one over the singular values; 1 where the kernel was zero.
+        A kernel with a single tap has a second one, that nobody reads.
+      scales: ``(batch, m)``, one over the singular values; of a zero kernel those before it.
     """
 
     vectors: Array
@@ -145,56 +171,64 @@ def step(
 
     Returns:
       The singular values reached (from below) with their vectors, and the new state. Where a value is
-      0 the old vectors stay.
+      0 the old state stays.
     """
+    # Written in lax: a step is traced for each shape in a network, and jnp takes three times as long.
     batch, *spatial, c_in, c_out = kernels.shape
-    out, inp = _sharing(tuple(spatial), state.vectors.shape[2] // len(distinct(tuple(spatial))[0]))
+    m, kinds = state.vectors.shape[2], len(distinct(tuple(spatial))[0])
+    used = kinds if weights is None else weights.shape[2]
+    out, inp = _sharing(tuple(spatial), m // kinds)
     by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
-    taps = kernels.reshape(batch, -1, c_in, c_out)
-    each_tap = ((0, 1), (0, 1))
-    # A CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than to run it:
-    # so there are two vectors at least.
-    alone = state.vectors.shape[1:3] == (1, 1)
-    vectors = jnp.repeat(state.vectors, 2, axis=2) if alone else state.vectors
     by_scale = (lambda x: x) if scale is None else (lambda x: x * scale[:, None, None])
-    vectors = by_scale(vectors)
+    taps = lax.reshape(kernels, (batch, math.prod(spatial), c_in, c_out))
+    each_tap = ((0, 1), (0, 1))
+    zero, largest = (np.full(state.scales.shape, x, taps.dtype) for x in (0, np.finfo(taps.dtype).max))
+    vectors = by_scale(state.vectors)
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
-    # The number of operations matters too: for small kernels a step takes as long as there are many.
-    if alone:
+    # The number of operations matters too: for small kernels a step takes as long as there are many, and XLA compiles
+    # those that are not products of matrices anew for each number of channels.
+    if math.prod(spatial) == 1:
         product = lax.dot_general(vectors, taps, (((3,), (3,)), each_tap), precision=HIGHEST)
     else:  # the product runs in half the time, and its transposition is small
-        product = jnp.swapaxes(lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST), 2, 3)
+        product = lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
+        product = lax.transpose(product, (0, 1, 3, 2))
     product, squares = _share(by_weight(product), inp)
-    inputs = by_weight(product * _over_root(squares)[:, None, :, None])
-    bare = _back(inputs * state.scales[:, None, :, None], taps)
-    product, squares = _share(by_scale(bare), out)
-    if alone:
-        squares, inputs, product, bare = squares[:, :1], inputs[:, :, :1], product[:, :, :1], bare[:, :, :1]
     over = _over_root(squares)
-    outputs = product * over[:, None, :, None]
-    alive = squares > 0
-    scales = jnp.where(alive, state.scales * over, 1)
-    new = jnp.where(alive[:, None, :, None], outputs * scales[:, None, :, None], state.vectors)
-    values, after = squares * over / state.scales, PowerState(new, scales)
+    inputs = by_weight(_times(product, over))
+    # Of a zero kernel the factor may be infinite, and its product with zero no number.
+    scaled = by_weight(_rows_times(product, lax.min(lax.mul(over, state.scales), largest)))
+    bare = _back(scaled, taps)
+    product, squares = _share(by_scale(bare), out)
+    over = _over_root(squares)
+    outputs, scales = _times(product, over), lax.mul(state.scales, over)
+    alive = lax.gt(squares, zero)
+    new = lax.select(lax.broadcast_in_dim(alive, outputs.shape, (0, 2)), _times(outputs, scales), state.vectors)
+    values, after = lax.div(lax.mul(squares, over), state.scales), PowerState(new, lax.select(alive, scales, state.scales))
+    if used < m:
+        cut = lambda x, axis: lax.slice_in_dim(x, 0, used, axis=axis)  # noqa: E731
+        values, inputs, outputs, bare = cut(values, 1), cut(inputs, 2), cut(outputs, 2), cut(bare, 2)
     if scale is None:
         return Pairs(values, inputs, outputs), after
-    gains = jnp.sum(outputs * bare, axis=1) / state.scales[..., None]
+    gains = jnp.sum(outputs * bare, axis=1) / state.scales[:, :used, None]
     return Pairs(values, inputs, by_scale(outputs), gains), after
 
 
 def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
     """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
     batch, *spatial, _, c_out = kernels.shape
-    return batch, math.prod(spatial), repeats * len(distinct(tuple(spatial))[0]), c_out
+    # Two at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than
+    # to run it.
+    return batch, math.prod(spatial), max(2, repeats * len(distinct(tuple(spatial))[0])), c_out
 
 
 def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `step`, scaled by the Frobenius norms of the kernels, near enough to start."""
     shape = state_shape(kernels, repeats)
     random = generic(key, shape, kernels.dtype)
-    vectors, squares = _share(random, _sharing(kernels.shape[1:-2], repeats)[0])
-    vectors = vectors * _over_root(squares)[:, None, :, None]
+    spatial = kernels.shape[1:-2]
+    vectors, squares = _share(random, _sharing(spatial, shape[2] // len(distinct(spatial)[0]))[0])
+    vectors = _times(vectors, _over_root(squares))
     size = jax.vmap(lambda kernel: unit(kernel)[0])(kernels)
-    scale = 1 / jnp.where(size > 0, size, 1)
-    return PowerState(vectors * scale[:, None, None, None], jnp.broadcast_to(scale[:, None], (shape[0], shape[2])))
+    scales = jnp.broadcast_to((1 / jnp.where(size > 0, size, 1))[:, None], (shape[0], shape[2]))
+    return PowerState(_times(vectors, scales), scales)

@@ -290,6 +290,18 @@ def test_zero_kernel():
     np.testing.assert_allclose(later.min(), f4.bound(zero + 1), rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4, 6), (3, 3, 4, 6), (5, 7, 1, 1)])  # one tap, one matrix, too many rows
+def test_a_kernel_that_vanishes_from_almost_nothing(shape):
+    """The state of a tiny kernel holds huge vectors: none of them may become infinite, or no number."""
+    tiny = 1e-37 * jnp.asarray(cases.draw(np.random.default_rng(5), shape, "normal"), jnp.float32)
+    state = start(tiny)
+    four, after = f4.step(jnp.zeros_like(tiny), state)
+    assert float(four.min()) == 0
+    chex.assert_trees_all_equal(state, after)
+    later, _ = f4.step(tiny, after, iterations=30)  # the state was not lost
+    np.testing.assert_allclose(later.min(), f4.bound(tiny), rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     kernel = jnp.asarray(KERNEL, dtype)
@@ -325,7 +337,7 @@ def test_float64(x64):
 def test_the_unfoldings_that_coincide_are_computed_once():
     assert unfolding.distinct((1, 1)) == (((),), (0, 0, 0, 0))
     assert len(unfolding.distinct((1, 5))[0]) == 2
-    assert start(np.ones((1, 1, 4, 6), np.float32)).vectors.shape == (1, 1, 1, 6)
+    assert start(np.ones((1, 1, 4, 6), np.float32)).vectors.shape == (1, 1, 2, 6)
 
 
 def test_a_nan_among_thousands_is_not_lost():
