@@ -294,7 +294,7 @@ def canonical(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None
         strides.append(phases)
     groups = spec.groups
     if groups == 1:
-        kernels = lax.expand_dims(kernel, (0,))
+        kernels = lax.reshape(kernel, (1, *kernel.shape))  # of expand_dims the transpose is a sum
     else:
         kernels = jnp.moveaxis(kernel.reshape(*kernel.shape[:-1], groups, kernel.shape[-1] // groups), -2, 0)
     if spec.transposed and not spec.transpose_kernel:

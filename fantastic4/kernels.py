@@ -89,17 +89,16 @@ class Layer:
             tuple(f"{self.path}[{i}]" for i in range(self.shape[0])) if isinstance(self.spec, Stacked) else (self.path,)
         )
 
-    def kernels(self, leaf: Array) -> Array:
-        """The leaf as kernels in Flax's order, ``(layers, *spatial, c_in // groups, c_out)``; of a matrix, one tap."""
-        stacked = leaf if isinstance(self.spec, Stacked) else leaf[None]
+    def kernel(self, leaf: Array) -> Array:
+        """The leaf, or one layer of a `Stacked` one, as a kernel in Flax's order; of a matrix, with one tap."""
         if self.torch_order:
-            stacked = jnp.moveaxis(stacked, (1, 2), (-1, -2))
+            leaf = jnp.moveaxis(leaf, (0, 1), (-1, -2))
         spec = self.spec.layer if isinstance(self.spec, Stacked) else self.spec
-        if not isinstance(spec, Dense):
-            return stacked
-        axes = stacked.shape[1:]
-        n_in = math.prod(axes[: spec.inputs])
-        return stacked.reshape(len(stacked), 1, n_in, -1)
+        return leaf.reshape(1, math.prod(leaf.shape[: spec.inputs]), -1) if isinstance(spec, Dense) else leaf
+
+    def kernels(self, leaf: Array) -> Array:
+        """The kernels in the leaf, stacked: one, but for a `Stacked` leaf."""
+        return jax.vmap(self.kernel)(leaf) if isinstance(self.spec, Stacked) else self.kernel(leaf)[None]
 
 
 def _path(keys: Sequence[Any]) -> tuple[str, ...]:

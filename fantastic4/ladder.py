@@ -19,6 +19,7 @@ from jax import Array, lax
 from fantastic4 import frequency, gram, power, unfolding
 from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.entry import choice, count, entry, optional, same_kind
+from fantastic4.linalg import pairs_gradient
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
 from fantastic4.symbol import half_grid
 
@@ -179,6 +180,20 @@ def _advance(
     return iterate(inner)
 
 
+def _fitting(state: LadderState, kernels: Array, shape: tuple[int, ...]) -> Any:
+    """The vectors of a state, constant and of the dtype of its canonical kernels, to which they must belong."""
+    if state.method == "grid":
+        wanted = frequency.state_shape(kernels, len(half_grid(_grid_sizes(kernels.shape[1:-2], state.points))))
+    else:
+        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
+    if state.inner.vectors.shape != wanted:
+        raise ValueError(
+            f"this state belongs to another kernel than {shape} with this spec: "
+            "make one with ladder.init(kernel, spec, key=…)"
+        )
+    return jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state.inner)
+
+
 @entry(iterations=count(1))
 def step(
     kernel: Array,
@@ -220,22 +235,12 @@ def step(
     """
     same_kind("state", state, LadderState, "ladder.init(kernel, spec, key=…)")
     kernels, factor, scale = _prepare(kernel, spec, scale, state.method)
-    spatial, dtype = kernels.shape[1:-2], kernels.dtype
-    constant = lax.stop_gradient(kernels)
-    if state.method == "grid":
-        sizes = _grid_sizes(spatial, state.points)
-        wanted = frequency.state_shape(kernels, len(half_grid(sizes)))
-    else:
-        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
-    if state.inner.vectors.shape != wanted:
-        raise ValueError(
-            f"this state belongs to another kernel than {kernel.shape} with this spec: "
-            "make one with ladder.init(kernel, spec, key=…)"
-        )
-    inner = jax.tree.map(lambda x: lax.stop_gradient(x).astype(dtype), state.inner)
+    spatial = kernels.shape[1:-2]
+    inner, constant = _fitting(state, kernels, kernel.shape), lax.stop_gradient(kernels)
     fixed = lax.stop_gradient(scale)
     found, inner = _advance(constant, inner, fixed, method=state.method, points=state.points, iterations=iterations)
     if state.method == "grid":
+        sizes = _grid_sizes(spatial, state.points)
         value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
     elif state.method == "weighted":
         scaling = unfolding.weights(unfolding.tap_squares(constant), TRAINING_POWERS)
@@ -244,3 +249,23 @@ def step(
         factor *= math.sqrt(math.prod(spatial))
         value = unfolding.smallest(kernels, unfolding.over_groups(found), scale)
     return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)
+
+
+def step_with_gradient(
+    kernel: Array, state: LadderState, spec: ConvSpec, *, iterations: int = 1
+) -> tuple[Array, LadderState, Array]:
+    """`step` with the gradient by the kernel: that of ``jax.value_and_grad``, in a fraction of the time to trace."""
+    if state.method != "four":
+        advance = functools.partial(step, state=state, spec=spec, iterations=iterations)
+        (value, after), gradient = jax.value_and_grad(advance, has_aux=True)(kernel)
+        return value, after, gradient
+    kernels, factor = canonical(kernel, spec)
+    inner = _fitting(state, kernels, kernel.shape)
+    found, inner = _advance(kernels, inner, None, method="four", points=None, iterations=iterations)
+    value, inputs, outputs, _ = unfolding.pick_smallest(unfolding.over_groups(found))
+    factor *= math.sqrt(math.prod(kernels.shape[1:-2]))
+    if factor != 1:
+        value, inputs = value * factor, inputs * factor
+    gradients = pairs_gradient(inputs, outputs).reshape(kernels.shape)
+    (gradient,) = jax.linear_transpose(lambda kernel: canonical(kernel, spec).kernels, kernel)(gradients)
+    return value, LadderState(inner, state.method, state.points), gradient

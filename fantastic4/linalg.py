@@ -57,7 +57,7 @@ def each(function: Callable[..., Any], *batches: Any) -> Any:
         return jax.vmap(function)(*batches)
     # Not x[0] and x[None], which take longer to trace.
     found = function(*jax.tree.map(lambda x: lax.squeeze(x, (0,)), batches))
-    return jax.tree.map(lambda x: lax.expand_dims(x, (0,)), found)
+    return jax.tree.map(lambda x: lax.reshape(x, (1, *x.shape)), found)
 
 
 def after(x: Array, other: Array) -> Array:
@@ -205,3 +205,8 @@ def _with_pairs_jvp(primals, tangents):
     each_tap = ((0, 1), (0, 1))  # an einsum would take longer to trace
     product = lax.dot_general(tangents[1], outputs, (((3,), (2,)), each_tap), precision=HIGHEST)
     return value, jnp.sum(product * inputs)
+
+
+def pairs_gradient(inputs: Array, outputs: Array) -> Array:
+    """The gradient of one value of `with_pairs` by the kernel: an outer product a tap."""
+    return lax.dot_general(inputs, outputs, (((), ()), ((0, 1), (0, 1))), precision=HIGHEST)

@@ -98,12 +98,8 @@ def add_spectral_penalty(
 
     def update(updates: Any, state: PenaltyState, params: Any = None) -> tuple[Any, PenaltyState]:
         leaves = network.leaves_at(_given(params), state.network.layers, "the layers of this optimiser state")
-
-        def penalty(leaves: Any) -> tuple[Array, NetworkState]:
-            how: dict[str, Any] = {"reduce": reduce, "threshold": threshold, "weights": weights}
-            return network.step(leaves, state.network, iterations=iterations, **how)
-
-        (value, new), gradients = jax.value_and_grad(penalty, has_aux=True)(leaves)
+        how: dict[str, Any] = {"reduce": reduce, "threshold": threshold, "weights": weights, "iterations": iterations}
+        value, new, gradients = network.step_with_gradients(leaves, state.network, **how)
         scale = beta(state.updates) if callable(beta) else beta
         old = network.leaves_at(updates, state.network.layers, "the layers of this optimiser state")
         added = {path: old[path] + (scale * gradients[path]).astype(old[path].dtype) for path in leaves}

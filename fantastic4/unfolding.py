@@ -95,19 +95,26 @@ def over_groups(pairs: Pairs) -> Pairs:
     return pairs._replace(values=values, inputs=pairs.inputs * chosen[:, None, :, None], gains=gains)
 
 
-def smallest(kernels: Array, top: Pairs, scale: Array | None = None) -> Array:
-    """The smallest value of `over_groups`, with the derivative of that one alone, by kernels and scale of outputs."""
-    taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+def pick_smallest(top: Pairs) -> Pairs:
+    """Of `over_groups` the smallest value, with its vectors: the axis of unfoldings is gone."""
     if len(top.values) == 1:
         pick = lambda x, axis: lax.index_in_dim(x, 0, axis, keepdims=False)  # noqa: E731
     else:
         # Unsigned: no index counts from the end.
         least = lax.argmin(top.values, 0, jnp.uint32)
         pick = functools.partial(lax.dynamic_index_in_dim, index=least, keepdims=False)
-    value = with_pairs(pick(top.values, axis=0), taps, pick(top.inputs, axis=2), pick(top.outputs, axis=2))
-    if scale is None or top.gains is None:
+    gains = None if top.gains is None else pick(top.gains, axis=1)
+    return Pairs(pick(top.values, axis=0), pick(top.inputs, axis=2), pick(top.outputs, axis=2), gains)
+
+
+def smallest(kernels: Array, top: Pairs, scale: Array | None = None) -> Array:
+    """The smallest value of `over_groups`, with the derivative of that one alone, by kernels and scale of outputs."""
+    taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+    least = pick_smallest(top)
+    value = with_pairs(least.values, taps, least.inputs, least.outputs)
+    if scale is None or least.gains is None:
         return value
-    gains = pick(top.gains, axis=1)[:, None]
+    gains = least.gains[:, None]
     return value + with_pairs(jnp.zeros_like(value), scale[:, None, None], jnp.ones_like(gains[..., :1]), gains)
 
 

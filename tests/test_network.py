@@ -1,5 +1,8 @@
 """Whole params trees: kernels found, penalties, states, reports; trees of linen, NNX, Equinox and Haiku."""
 
+import functools
+
+import chex
 import equinox as eqx
 import haiku as hk
 import jax
@@ -168,6 +171,55 @@ def test_gradient_is_that_of_the_penalty(params, reduce):
     shifted = [exact(jax.tree.map(lambda p, d: np.float64(p) + s * np.float64(d), params, direction)) for s in (h, -h)]
     along = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
     np.testing.assert_allclose(along, (shifted[0] - shifted[1]) / (2 * h), rtol=5e-3)
+
+
+EVERY_KIND = {  # of leaf, spec and unfolding
+    "strided": {"kernel": (3, 3, 4, 5)},
+    "depthwise": {"kernel": (3, 3, 1, 6)},
+    "transposed": {"kernel": (2, 2, 4, 3)},
+    "reflect": {"kernel": (3, 4, 5)},
+    "matrices": {"kernel": (3, 4, 4)},
+    "same": {"kernel": (1, 1, 4, 6)},
+    "too": {"kernel": (1, 1, 4, 6)},
+    "torch": {"weight": (5, 4, 3)},
+    "heads": {"kernel": (2, 3, 4)},
+    "wide": {"kernel": (9, 7)},
+}
+SPECS = {
+    "strided/kernel": f4.ConvSpec(strides=2),
+    "depthwise/kernel": f4.ConvSpec(groups=6),
+    "transposed/kernel": f4.ConvSpec(transposed=True, strides=2),
+    "reflect/kernel": f4.ConvSpec(padding="REFLECT"),
+    "matrices/kernel": network.Stacked(network.Dense()),
+    "heads/kernel": network.Dense(2),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("four", {}),
+        ("four", {"reduce": "log", "threshold": 1.5, "iterations": 2}),
+        ("four", {"reduce": "squared", "weights": {"torch/*": 3.0, "matrices/kernel[[]1]": 0.5}}),
+        ("weighted", {"weights": {"strided/kernel": 0.25}}),
+        ("grid", {}),
+    ],
+)
+def test_gradients_written_out_are_those_of_autodiff(method, options):
+    leaves, tree = jax.tree.flatten(EVERY_KIND, is_leaf=lambda x: isinstance(x, tuple))
+    rng = np.random.default_rng(0)
+    params = jax.tree.unflatten(tree, [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in leaves])
+    params["wide"]["kernel"] = params["wide"]["kernel"].astype(jnp.bfloat16)
+    state = network.init(params, key=KEY, specs=SPECS, method=method)
+    penalty = functools.partial(network.step, state=state, **options)
+    (value, new), gradient = jax.jit(jax.value_and_grad(penalty, has_aux=True))(params)
+    written = network.step_with_gradients(params, state, **options)
+    chex.assert_trees_all_close((value, new), written[:2], rtol=1e-5, atol=1e-6)
+    assert set(written[2]) == {layer.path for layer in state.layers}
+    given = network.replace(jax.tree.map(jnp.zeros_like, params), written[2])
+    assert given["wide"]["kernel"].dtype == jnp.bfloat16
+    chex.assert_trees_all_close(gradient, given, rtol=1e-2, atol=1e-5)
+    chex.assert_trees_all_close(*(x | {"wide": 0} for x in (gradient, given)), rtol=1e-5, atol=1e-5)
 
 
 def oracle_four(kernel):
