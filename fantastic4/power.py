@@ -204,7 +204,8 @@ def step(
     outputs, scales = _times(product, over), lax.mul(state.scales, over)
     alive = lax.gt(squares, zero)
     new = lax.select(lax.broadcast_in_dim(alive, outputs.shape, (0, 2)), _times(outputs, scales), state.vectors)
-    values, after = lax.div(lax.mul(squares, over), state.scales), PowerState(new, lax.select(alive, scales, state.scales))
+    values = lax.div(lax.mul(squares, over), state.scales)
+    after = PowerState(new, lax.select(alive, scales, state.scales))
     if used < m:
         cut = lambda x, axis: lax.slice_in_dim(x, 0, used, axis=axis)  # noqa: E731
         values, inputs, outputs, bare = cut(values, 1), cut(inputs, 2), cut(outputs, 2), cut(bare, 2)
