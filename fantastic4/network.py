@@ -304,7 +304,7 @@ def step_with_gradients(
       iterations: likewise.
 
     Returns:
-      The penalty, the new state, and the gradient by each kernel, by path; constants to a derivative of them.
+      The penalty, the new state, and the gradient by each kernel, by path; all are constants to a further derivative.
 
     Raises:
       ValueError: what `step` refuses.
@@ -318,7 +318,7 @@ def step_with_gradients(
       [[0.0, 0.0], [0.0, 1.0]]
     """
     leaves, scale, options = _checked(params, state, reduce, threshold, weights, iterations)
-    return _penalty_with_gradients(leaves, state, scale, **options)
+    return _penalty_with_gradients(jax.lax.stop_gradient(leaves), state, scale, **options)
 
 
 def _checked(

@@ -69,12 +69,17 @@ def large():
     return {"kernel": jax.random.normal(KEY, (3, 3, 512, 256))}
 
 
-def check_the_step(mesh, name, make, share):
+def by_autodiff(params, state):
+    return jax.value_and_grad(lambda p: network.step(p, state), has_aux=True)(params)
+
+
+def written_out(params, state):
+    penalty, state, gradients = network.step_with_gradients(params, state)
+    return (penalty, state), network.replace(jax.tree.map(jnp.zeros_like, params), gradients)
+
+
+def check_the_step(mesh, name, make, share, step=by_autodiff):
     """Of sharded params, the step is what it is of whole ones, and gathers no kernel."""
-
-    def step(params, state):
-        return jax.value_and_grad(lambda p: network.step(p, state), has_aux=True)(params)
-
     alone = make()
     start = network.init(alone, key=KEY)
     (value, new), gradient = jax.jit(step)(alone, start)
@@ -96,9 +101,18 @@ def test_the_step_is_the_same_and_gathers_no_kernel(mesh, name, make, share):
     check_the_step(mesh, name, make, share)
 
 
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_gradients_written_out_gather_no_kernel(mesh, name):
+    check_the_step(mesh, name, tree, 1, written_out)
+
+
 @pytest.mark.parametrize("name", ["outputs", "inputs", "both"])
 def test_a_mesh_with_explicit_axes(explicit_mesh, name):
     check_the_step(explicit_mesh, name, tree, 1)
+
+
+def test_gradients_written_out_on_a_mesh_with_explicit_axes(explicit_mesh):
+    check_the_step(explicit_mesh, "both", tree, 1, written_out)
 
 
 def test_what_is_sound_on_a_mesh_with_explicit_axes(explicit_mesh):

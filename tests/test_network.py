@@ -222,6 +222,19 @@ def test_gradients_written_out_are_those_of_autodiff(method, options):
     chex.assert_trees_all_close(*(x | {"wide": 0} for x in (gradient, given)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_gradients_written_out_are_constants(iterations):
+    """A derivative of a whole update, as meta-learning takes it, looks into no power iteration."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 4, 6)), jnp.float32)}
+    state = network.init(params, key=KEY, warmup=2)
+
+    def total(params):
+        penalty, _, gradients = network.step_with_gradients(params, state, iterations=iterations)
+        return penalty + jnp.sum(gradients["kernel"] ** 3)
+
+    assert not np.any(jax.grad(total)(params)["kernel"])
+
+
 def oracle_four(kernel):
     h, w, i, o = kernel.shape
     matrices = (
