@@ -260,10 +260,10 @@ def step(
     same_kind("state", state, PowerState, "fantastic4.init(kernel, spec, key=…)")
     kernels, factor = canonical(kernel, spec)
     wanted = power.state_shape(kernels)
-    if state.vectors.shape != wanted or state.scales.shape != (wanted[0], wanted[2]):
+    if (state.vectors.shape, state.scales.shape) != wanted:
         raise ValueError(
             f"this state has vectors of shape {state.vectors.shape}, the kernel {kernel.shape} with this spec "
-            f"needs {wanted}: make one with fantastic4.init(kernel, spec, key=…)"
+            f"needs {wanted[0]}: make one with fantastic4.init(kernel, spec, key=…)"
         )
     constant = lax.stop_gradient(kernels)
     state = jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state)

@@ -182,10 +182,11 @@ def _advance(
 
 def _fitting(state: LadderState, kernels: Array, shape: tuple[int, ...]) -> Any:
     """The vectors of a state, constant and of the dtype of its canonical kernels, to which they must belong."""
+    wanted: tuple[int, ...]
     if state.method == "grid":
         wanted = frequency.state_shape(kernels, len(half_grid(_grid_sizes(kernels.shape[1:-2], state.points))))
     else:
-        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)
+        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)[0]
     if state.inner.vectors.shape != wanted:
         raise ValueError(
             f"this state belongs to another kernel than {shape} with this spec: "

@@ -19,75 +19,117 @@ from jax import Array, lax
 from fantastic4.linalg import HIGHEST, generic, unit
 from fantastic4.unfolding import Axes, Pairs, distinct, others
 
-_ROWS = 100  # taps times unfoldings up to which they are one matrix: 5×5
+_ROWS = 216  # taps times unfoldings up to which they are one matrix: 7×7, 3×3×3
 _LARGE = 2**20  # entries of a kernel from which on a CPU waits for memory, not for arithmetic
 _COLUMNS, _UNROLLED = 4, 16  # columns, and rows of a kernel, of which LLVM still unrolls all the products
 
 
-class _Sharing(NamedTuple):
-    """Which taps of an unfolding read the same vector.
+class _Reading(NamedTuple):
+    """Which vector each tap of an unfolding reads: T has one for all taps on its output side, U one for each.
 
     Attributes:
-      same: ``(m, taps, taps)``, 1 where two taps share: to sum what each contributes and hand the sum
-        to all of them is a product with this.
-      readers: ``(m,)``, how many taps share one vector.
+      reads: ``(taps · m, vectors)``, 1 where a tap of an unfolding reads that vector.
+      belongs: ``(m, vectors)``, 1 for the vectors of an unfolding.
     """
 
-    same: np.ndarray
-    readers: np.ndarray
+    reads: np.ndarray
+    belongs: np.ndarray
+
+    @property
+    def plain(self) -> bool:
+        """Whether each row is a vector of its own: kernels with a single tap."""
+        return self.reads.shape == self.belongs.shape
 
 
 @functools.cache
-def _sharing(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Sharing, _Sharing]:
+def _reading(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Reading, _Reading]:
     """For the output vectors and for the input vectors of the distinct unfoldings, ``repeats`` times over."""
     grid = np.indices(taps).reshape(len(taps), -1)
 
-    def sharing(owned: list[Axes]) -> _Sharing:
-        same = [np.all(grid[list(axes), :, None] == grid[list(axes), None, :], axis=0) for axes in owned]
-        readers = [s[0].sum() for s in same]
-        return _Sharing(np.array(same * repeats, np.float32), np.array(readers * repeats, np.float32))
+    def reading(sides: list[Axes]) -> _Reading:
+        sizes = [tuple(taps[a] for a in axes) for axes in sides]
+        counts = [math.prod(size) for size in sizes]
+        reads = np.zeros((grid.shape[1], len(sides), sum(counts)), np.float32)
+        for m, (axes, size) in enumerate(zip(sides, sizes, strict=True)):
+            place = np.ravel_multi_index(tuple(grid[a] for a in axes), size) if axes else 0
+            reads[np.arange(grid.shape[1]), m, sum(counts[:m]) + place] = 1
+        belongs = np.repeat(np.eye(len(sides), dtype=np.float32), counts, axis=1)
+        return _Reading(reads.reshape(-1, sum(counts)), belongs)
 
-    outputs = distinct(taps)[0]
-    return sharing(list(outputs)), sharing([others(taps, axes) for axes in outputs])
+    outputs = distinct(taps)[0] * repeats
+    return reading(list(outputs)), reading([others(taps, axes) for axes in outputs])
 
 
-def _is_flat(shape: tuple[int, ...]) -> bool:
-    """Whether the vectors of all unfoldings, ``(batch, taps, m, channels)``, go into one matrix of few rows.
+def _is_flat(side: _Reading, x: Array) -> bool:
+    """Whether few numbers go into the products of matrices that save XLA's compiling something for each shape.
 
-    Products of all rows are many for depthwise kernels, which have more taps than channels.
+    They are many for depthwise kernels, which have more taps than channels.
     """
-    batch, taps, m, channels = shape
-    return taps * m <= _ROWS and (batch == 1 or taps * m <= channels)
+    rows = len(side.reads)
+    return rows <= _ROWS and (len(x) == 1 or rows <= x.shape[-1])
 
 
-def _share(product: Array, side: _Sharing) -> tuple[Array, Array]:
-    """Add up what belongs to one vector, at all taps that read it, and take the vectors' squared norms.
+def _collect(side: _Reading, product: Array) -> tuple[Array, Array]:
+    """Add up what all taps give to each vector, and take the squared norms of the vectors of each unfolding.
 
     Args:
+      side: which vectors.
       product: ``(batch, taps, m, channels)``.
-      side: how the taps share.
 
     Returns:
-      The same shape, and squared norms ``(batch, m)``.
+      ``(batch, vectors, channels)`` and ``(batch, m)``.
     """
-    batch, taps, m, channels = product.shape
-    rows, readers = taps * m, np.broadcast_to(side.readers.astype(product.dtype), (batch, m))
-    if not _is_flat(product.shape):
-        summed = jnp.einsum("mst,btmc->bsmc", side.same, product, precision=HIGHEST)
-        return summed, jnp.einsum("btmc,btmc->bm", summed, summed, precision=HIGHEST) / readers
-    # One matrix for all unfoldings, and norms from a product of matrices: of few rows neither costs anything, and XLA
-    # takes far longer to compile a transposition, or a sum of squares.
-    flat = lax.reshape(product, (batch, rows, channels))
-    if taps > 1:
-        block_diagonal = np.zeros((taps, m) * 2, product.dtype)
-        block_diagonal[:, np.arange(m), :, np.arange(m)] = side.same
-        flat = lax.dot_general(block_diagonal.reshape(rows, rows), flat, (((1,), (1,)), ((), ())), precision=HIGHEST)
-        flat = lax.transpose(flat, (1, 0, 2))
-    products = lax.dot_general(flat, flat, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
-    squares = lax.slice(lax.reshape(products, (batch, rows * rows)), (0, 0), (batch, rows * rows), (1, rows + 1))
-    if taps > 1:
-        squares = lax.div(lax.reduce_sum(lax.reshape(squares, (batch, taps, m)), (1,)), readers)
-    return lax.reshape(flat, product.shape), squares
+    batch, channels, (rows, count) = len(product), product.shape[-1], side.reads.shape
+    summed = lax.reshape(product, (batch, rows, channels))
+    if not side.plain:
+        reads = side.reads.astype(product.dtype)
+        summed = lax.dot_general(reads, summed, (((0,), (1,)), ((), ())), precision=HIGHEST)
+        summed = lax.transpose(summed, (1, 0, 2))
+    if _is_flat(side, product):  # XLA takes far longer to compile a sum of squares
+        products = lax.dot_general(summed, summed, (((2,), (2,)), ((0,), (0,))), precision=HIGHEST)
+        squares = lax.slice(lax.reshape(products, (batch, count**2)), (0, 0), (batch, count**2), (1, count + 1))
+    else:
+        squares = jnp.sum(summed * summed, axis=-1)
+    return summed, _by_unfolding(side, squares)
+
+
+def _by_unfolding(side: _Reading, x: Array) -> Array:
+    """Sums over the vectors of each unfolding, ``(batch, vectors)`` -> ``(batch, m)``."""
+    return _map(x, side.belongs)
+
+
+def _by_vector(side: _Reading, x: Array) -> Array:
+    """What each vector's unfolding has, ``(batch, m)`` -> ``(batch, vectors)``."""
+    return _map(x, side.belongs.T)
+
+
+def _map(x: Array, matrix: np.ndarray) -> Array:
+    if matrix.shape[0] == matrix.shape[1]:
+        return x
+    # Not a product of matrices: with a single vector XLA compiles one anew each time, and this once for all layers.
+    each = lax.broadcast(matrix.astype(x.dtype), (len(x),))
+    return lax.reduce_sum(lax.mul(lax.broadcast_in_dim(x, each.shape, (0, 2)), each), (2,))
+
+
+def _read(side: _Reading, vectors: Array, factors: Array | None = None) -> Array:
+    """The vectors as each tap reads them, ``(batch, taps, m, channels)``, times ``factors (batch, m)``."""
+    batch, channels, (rows, count) = len(vectors), vectors.shape[-1], side.reads.shape
+    m = len(side.belongs)
+    shape = (batch, rows // m, m, channels)
+    reads = side.reads.astype(vectors.dtype)
+    if factors is not None and not side.plain and _is_flat(side, vectors):
+        # XLA compiles a product of matrices once for all numbers of channels.
+        scaled = lax.mul(
+            lax.broadcast(reads.reshape(rows // m, m, count), (batch,)),
+            lax.broadcast_in_dim(factors, (batch, rows // m, m, count), (0, 2)),
+        )
+        scaled = lax.reshape(scaled, (batch, rows, count))
+        return lax.reshape(lax.dot_general(scaled, vectors, (((2,), (1,)), ((0,), (0,))), precision=HIGHEST), shape)
+    if not side.plain:
+        vectors = lax.dot_general(reads, vectors, (((1,), (1,)), ((), ())), precision=HIGHEST)
+        vectors = lax.transpose(vectors, (1, 0, 2))
+    vectors = lax.reshape(vectors, shape)
+    return vectors if factors is None else _times(vectors, factors)
 
 
 def _over_root(squares: Array) -> Array:
@@ -98,18 +140,6 @@ def _over_root(squares: Array) -> Array:
 def _times(x: Array, factors: Array) -> Array:
     """``(batch, taps, m, channels)`` times ``(batch, m)``."""
     return lax.mul(x, lax.broadcast_in_dim(factors, x.shape, (0, 2)))
-
-
-def _rows_times(x: Array, factors: Array) -> Array:
-    """The same as a product of matrices, of which XLA compiles one for all numbers of channels."""
-    batch, taps, m, channels = x.shape
-    if not _is_flat(x.shape):
-        return _times(x, factors)
-    rows = taps * m
-    diagonal = lax.broadcast(np.eye(rows, dtype=x.dtype).reshape(rows, taps, m), (batch,))
-    diagonal = lax.mul(diagonal, lax.broadcast_in_dim(factors, diagonal.shape, (0, 3)))
-    diagonal, flat = lax.reshape(diagonal, (batch, rows, rows)), lax.reshape(x, (batch, rows, channels))
-    return lax.reshape(lax.dot_general(diagonal, flat, (((2,), (1,)), ((0,), (0,))), precision=HIGHEST), x.shape)
 
 
 def _each_tap(x: Array, taps: Array) -> Array:
@@ -147,7 +177,7 @@ class PowerState(NamedTuple):
     """What the next power step starts from, for all distinct unfoldings.
 
     Attributes:
-      vectors: ``(batch, taps, m, c_out)``, left singular vectors as each tap reads them, divided by
+      vectors: ``(batch, vectors, c_out)``, left singular vectors of one unfolding after the other, divided by
         their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
         A kernel with a single tap has a second one, that nobody reads.
       scales: ``(batch, m)``, one over the singular values; of a zero kernel those before it.
@@ -175,15 +205,15 @@ def step(
     """
     # Written in lax: a step is traced for each shape in a network, and jnp takes three times as long.
     batch, *spatial, c_in, c_out = kernels.shape
-    m, kinds = state.vectors.shape[2], len(distinct(tuple(spatial))[0])
+    m, kinds = state.scales.shape[1], len(distinct(tuple(spatial))[0])
     used = kinds if weights is None else weights.shape[2]
-    out, inp = _sharing(tuple(spatial), m // kinds)
+    out, inp = _reading(tuple(spatial), m // kinds)
     by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
-    by_scale = (lambda x: x) if scale is None else (lambda x: x * scale[:, None, None])
+    by_scale = (lambda x: x) if scale is None else (lambda x: x * scale.reshape(batch, *(1,) * (x.ndim - 2), -1))
     taps = lax.reshape(kernels, (batch, math.prod(spatial), c_in, c_out))
     each_tap = ((0, 1), (0, 1))
     zero, largest = (np.full(state.scales.shape, x, taps.dtype) for x in (0, np.finfo(taps.dtype).max))
-    vectors = by_scale(state.vectors)
+    vectors = _read(out, by_scale(state.vectors))
     # Operand order and layout matter on a CPU: vectors along the last axis on both ways, and the
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many, and XLA compiles
@@ -193,19 +223,21 @@ def step(
     else:  # the product runs in half the time, and its transposition is small
         product = lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
         product = lax.transpose(product, (0, 1, 3, 2))
-    product, squares = _share(by_weight(product), inp)
-    over = _over_root(squares)
-    inputs = by_weight(_times(product, over))
+    rights, squares = _collect(inp, by_weight(product))
     # Of a zero kernel the factor may be infinite, and its product with zero no number.
-    scaled = by_weight(_rows_times(product, lax.min(lax.mul(over, state.scales), largest)))
+    scaled = by_weight(_read(inp, rights, lax.min(lax.mul(_over_root(squares), state.scales), largest)))
     bare = _back(scaled, taps)
-    product, squares = _share(by_scale(bare), out)
-    over = _over_root(squares)
-    outputs, scales = _times(product, over), lax.mul(state.scales, over)
+    lefts, squares = _collect(out, by_scale(bare))
+    # Where nothing came out the state stays: a factor of 0 says so.
     alive = lax.gt(squares, zero)
-    new = lax.select(lax.broadcast_in_dim(alive, outputs.shape, (0, 2)), _times(outputs, scales), state.vectors)
+    over = lax.select(alive, _over_root(squares), zero)
+    scales = lax.select(alive, lax.min(lax.mul(state.scales, over), largest), state.scales)
+    outputs = _read(out, lefts, over)
+    to_unit, to_scale = (lax.broadcast_in_dim(_by_vector(out, x), lefts.shape, (0, 1)) for x in (over, scales))
+    reached = lax.gt(to_unit, lax.full_like(to_unit, 0))
+    after = PowerState(lax.select(reached, lax.mul(lax.mul(lefts, to_unit), to_scale), state.vectors), scales)
     values = lax.div(lax.mul(squares, over), state.scales)
-    after = PowerState(new, lax.select(alive, scales, state.scales))
+    inputs = lax.div(scaled, lax.broadcast_in_dim(state.scales, scaled.shape, (0, 2)))
     if used < m:
         cut = lambda x, axis: lax.slice_in_dim(x, 0, used, axis=axis)  # noqa: E731
         values, inputs, outputs, bare = cut(values, 1), cut(inputs, 2), cut(outputs, 2), cut(bare, 2)
@@ -215,21 +247,26 @@ def step(
     return Pairs(values, inputs, by_scale(outputs), gains), after
 
 
-def state_shape(kernels: Array, repeats: int = 1) -> tuple[int, int, int, int]:
-    """Shape of the vectors of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
+def state_shape(kernels: Array, repeats: int = 1) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """Shapes of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
     batch, *spatial, _, c_out = kernels.shape
+    m, vectors = _reading(tuple(spatial), _repeated(tuple(spatial), repeats))[0].belongs.shape
+    return (batch, vectors, c_out), (batch, m)
+
+
+def _repeated(spatial: tuple[int, ...], repeats: int) -> int:
     # Two at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than
     # to run it.
-    return batch, math.prod(spatial), max(2, repeats * len(distinct(tuple(spatial))[0])), c_out
+    return 2 if math.prod(spatial) == repeats == 1 else repeats
 
 
 def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
     """Random vectors for `step`, scaled by the Frobenius norms of the kernels, near enough to start."""
-    shape = state_shape(kernels, repeats)
-    random = generic(key, shape, kernels.dtype)
+    shape, scales_shape = state_shape(kernels, repeats)
     spatial = kernels.shape[1:-2]
-    vectors, squares = _share(random, _sharing(spatial, shape[2] // len(distinct(spatial)[0]))[0])
-    vectors = _times(vectors, _over_root(squares))
+    side = _reading(spatial, _repeated(spatial, repeats))[0]
+    vectors = generic(key, shape, kernels.dtype)
+    squares = _by_unfolding(side, jnp.sum(vectors * vectors, axis=-1))
     size = jax.vmap(lambda kernel: unit(kernel)[0])(kernels)
-    scales = jnp.broadcast_to((1 / jnp.where(size > 0, size, 1))[:, None], (shape[0], shape[2]))
-    return PowerState(_times(vectors, scales), scales)
+    scales = jnp.broadcast_to((1 / jnp.where(size > 0, size, 1))[:, None], scales_shape)
+    return PowerState(vectors * (_by_vector(side, _over_root(squares)) * _by_vector(side, scales))[..., None], scales)

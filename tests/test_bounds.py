@@ -75,13 +75,9 @@ def test_step_is_plain_power_iteration_on_all_four():
     state = start(KERNEL, warmup=0)
     count = 3
     four, _ = f4.step(KERNEL, state, iterations=count)
-    outputs = np.asarray(state.vectors[0], np.float64).reshape(3, 2, 4, 5)  # taps, unfolding, c_out
-    vectors = {
-        "R": outputs[:, 0, 0].ravel(),
-        "S": outputs[0, :, 1].ravel(),
-        "T": outputs[0, 0, 2].ravel(),
-        "U": outputs[:, :, 3].ravel(),
-    }
+    outputs = np.asarray(state.vectors[0], np.float64)
+    parts = np.split(outputs, np.cumsum([3, 2, 1]))  # of 3×2 taps: R has a vector a row, S a column, T one, U a tap
+    vectors = {name: part.ravel() for name, part in zip("RSTU", parts, strict=True)}
     truth = oracle.power_unfoldings(KERNEL, vectors, count)
     np.testing.assert_allclose(four.values / np.sqrt(6), [truth[n] for n in "RSTU"], rtol=1e-5)
 
@@ -250,16 +246,17 @@ def test_a_step_is_one_power_iteration_of_each_matrix(shape):
     kernel = cases.draw(np.random.default_rng(5), shape, "normal").astype(np.float32)
     state = start(kernel, warmup=0)
     four, after = f4.step(kernel, state)
-    at_taps = np.asarray(state.vectors, np.float64).reshape(3, 3, 4, shape[-1])
-    new = np.asarray(after.vectors).reshape(at_taps.shape)
-    owned = {"R": ("ho", np.s_[:, 0]), "S": ("wo", np.s_[0]), "T": ("o", np.s_[0, 0]), "U": ("hwo", np.s_[:, :])}
-    for m, (name, (mine, place)) in enumerate(owned.items()):
+    ends = np.cumsum([3, 3, 1])
+    old, new = (np.split(np.asarray(x.vectors[0], np.float64), ends) for x in (state, after))
+    owned = {"R": ("ho", (3, -1)), "S": ("wo", (3, -1)), "T": ("o", (-1,)), "U": ("hwo", (3, 3, -1))}
+    for m, (name, (mine, size)) in enumerate(owned.items()):
         others = "".join(a for a in "hw" if a not in mine) + "i"
-        right = np.einsum(f"hwio,{mine}->{others}", kernel.astype(np.float64), at_taps[..., m, :][place], optimize=True)
+        start_from = old[m].reshape(size)
+        right = np.einsum(f"hwio,{mine}->{others}", kernel.astype(np.float64), start_from, optimize=True)
         right /= np.linalg.norm(right)
         left = np.einsum(f"hwio,{others}->{mine}", kernel.astype(np.float64), right, optimize=True)
         np.testing.assert_allclose(four[name], 3 * np.linalg.norm(left), rtol=1e-5)
-        np.testing.assert_allclose(new[..., m, :][place], left / np.sum(left * left), rtol=0, atol=1e-5 * new.max())
+        np.testing.assert_allclose(new[m].reshape(size), left / np.sum(left * left), rtol=0, atol=1e-5 * new[m].max())
 
 
 def test_products_run_at_the_highest_precision():
@@ -337,7 +334,7 @@ def test_float64(x64):
 def test_the_unfoldings_that_coincide_are_computed_once():
     assert unfolding.distinct((1, 1)) == (((),), (0, 0, 0, 0))
     assert len(unfolding.distinct((1, 5))[0]) == 2
-    assert start(np.ones((1, 1, 4, 6), np.float32)).vectors.shape == (1, 1, 2, 6)
+    assert start(np.ones((1, 1, 4, 6), np.float32)).vectors.shape == (1, 2, 6)
 
 
 def test_a_nan_among_thousands_is_not_lost():

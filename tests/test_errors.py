@@ -46,7 +46,7 @@ CASES = {
     "spectrum, stride does not divide": (lambda: f4.exact_norm(K, (5, 4), f4.ConvSpec(strides=2, padding="CIRCULAR")), r"strides \(2, 2\) must divide input_shape \(5, 4\).*the nearest size is \(4, 4\)"),
     "spectrum, wrong rank": (lambda: f4.singular_values(K, (4,), CIRCULAR), r"input_shape \(4,\) must have 2 entries of at least 1: the spatial size"),
     "spectrum, size 0": (lambda: f4.singular_values(K, (4, 0), CIRCULAR), "entries of at least 1"),
-    "another kernel's state": (lambda: f4.step(K, state(np.ones((5, 5, 2, 4), np.float32))), r"this state has vectors of shape \(1, 25, 4, 4\).*needs \(1, 9, 4, 4\): make one with fantastic4.init"),
+    "another kernel's state": (lambda: f4.step(K, state(np.ones((5, 5, 2, 4), np.float32))), r"this state has vectors of shape \(1, 36, 4\).*needs \(1, 16, 4\): make one with fantastic4.init"),
     "another spec's state": (lambda: f4.step(K, state(K), f4.ConvSpec(strides=2)), "make one with fantastic4.init"),
     "no iterations": (lambda: f4.step(K, state(K), iterations=0), "iterations must be at least 1, got 0"),
     "negative warmup": (lambda: f4.init(K, key=jax.random.key(0), warmup=-1), "warmup must be at least 0, got -1"),
