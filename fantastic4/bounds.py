@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from fantastic4 import gram, ladder, power, unfolding
-from fantastic4.conv import ConvSpec, canonical
+from fantastic4.conv import ConvSpec, canonical, phased, polyphase_taps
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.power import PowerState
@@ -77,21 +76,21 @@ class FourBounds:
         return self["U"]
 
 
-def _four(kernels: Array, pairs: unfolding.Pairs, scale: np.ndarray, *, sound: bool) -> FourBounds:
-    """Scale, maximise over the groups, spread to 2^D values, and attach the derivatives."""
+def _four(kernels: Array, pairs: unfolding.Pairs, taps: tuple[int, ...], factor: float, *, sound: bool) -> FourBounds:
+    """Scale, maximise over the groups, spread to 2^D values, and attach the derivatives.
+
+    ``taps`` and ``factor`` are those of the canonical kernel.
+    """
+    scale = constant_up(math.sqrt(math.prod(taps)) * factor, kernels.dtype)
     top = unfolding.over_groups(lax.stop_gradient(pairs))
-    taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
-    each, smallest = with_pairs(top.values, taps, top.inputs, top.outputs), unfolding.smallest(kernels, top)
+    at_taps = kernels.reshape(len(kernels), -1, *kernels.shape[-2:])
+    each, smallest = with_pairs(top.values, at_taps, top.inputs, top.outputs), unfolding.smallest(kernels, top)
 
     def finish(x: Array) -> Array:
         return round_up(x * scale, 2) if sound else x * scale
 
-    which = np.array(unfolding.distinct(kernels.shape[1:-2])[1])
+    which = np.array(unfolding.distinct(taps)[1])
     return FourBounds(finish(each)[which], finish(smallest))
-
-
-def _scale(taps: tuple[int, ...], factor: float, dtype: DTypeLike) -> np.ndarray:
-    return constant_up(math.sqrt(math.prod(taps)) * factor, dtype)
 
 
 @entry()
@@ -127,7 +126,7 @@ def four_bounds(kernel: Array, spec: ConvSpec = ConvSpec()) -> FourBounds:  # no
     """
     kernels, factor = canonical(kernel, spec)
     pairs = unfolding.certified_pairs(lax.stop_gradient(kernels))
-    return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=True)
+    return _four(kernels, pairs, kernels.shape[1:-2], factor, sound=True)
 
 
 @entry(method=choice(*METHODS), points=optional(count(1)), iterations=optional(count(1)))
@@ -207,9 +206,9 @@ def init(kernel: Array, spec: ConvSpec = ConvSpec(), *, key: Array, warmup: int 
     Raises:
       ValueError: what `four_bounds` refuses, or a negative ``warmup``.
     """
-    kernels, _ = canonical(lax.stop_gradient(kernel), spec)
-    iterate = lambda _, state: power.step(kernels, state)[1]  # noqa: E731
-    return lax.fori_loop(0, warmup, iterate, power.start(key, kernels))
+    kernels, phases, _ = phased(lax.stop_gradient(kernel), spec)
+    iterate = lambda _, state: power.step(kernels, state, phases)[1]  # noqa: E731
+    return lax.fori_loop(0, warmup, iterate, power.start(key, kernels, phases))
 
 
 @entry(iterations=count(1))
@@ -258,8 +257,8 @@ def step(
       9.0 (3, 3, 1, 1)
     """
     same_kind("state", state, PowerState, "fantastic4.init(kernel, spec, key=…)")
-    kernels, factor = canonical(kernel, spec)
-    wanted = power.state_shape(kernels)
+    kernels, phases, factor = phased(kernel, spec)
+    wanted = power.state_shape(kernels, phases)
     if (state.vectors.shape, state.scales.shape) != wanted:
         raise ValueError(
             f"this state has vectors of shape {state.vectors.shape}, the kernel {kernel.shape} with this spec "
@@ -267,8 +266,9 @@ def step(
         )
     constant = lax.stop_gradient(kernels)
     state = jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state)
-    iterate = lambda _, state: power.step(constant, state)[1]  # noqa: E731
+    iterate = lambda _, state: power.step(constant, state, phases)[1]  # noqa: E731
     if iterations > 1:
         state = lax.fori_loop(0, iterations - 1, iterate, state)
-    pairs, state = power.step(constant, state)
-    return _four(kernels, pairs, _scale(kernels.shape[1:-2], factor, kernels.dtype), sound=False), state
+    pairs, state = power.step(constant, state, phases)
+    taps = polyphase_taps(kernels.shape[1:-2], phases)
+    return _four(kernels, pairs, taps, factor, sound=False), state

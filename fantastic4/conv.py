@@ -239,6 +239,20 @@ def check_input_shape(input_shape: tuple[int, ...], layer: Geometry) -> tuple[in
     return input_shape
 
 
+class Phased(NamedTuple):
+    """A batch of kernels as they are stored, the phases that their taps have, and the factor of the padding.
+
+    Attributes:
+      kernels: ``(batch, *spatial, c_in, c_out)``: one kernel a group.
+      phases: of every axis, static; tap t has phase t modulo this, and all taps of one phase are a plain convolution.
+      factor: ‖layer‖ ≤ factor · max over the batch of σ∞ of the polyphase kernels.
+    """
+
+    kernels: Array
+    phases: tuple[int, ...]
+    factor: float
+
+
 class Canonical(NamedTuple):
     """A batch of plain kernels, and the factor by which padding can add to their norm.
 
@@ -278,6 +292,12 @@ def canonical(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None
     Raises:
       ValueError: kernel and spec do not fit.
     """
+    kernels, phases, factor = phased(kernel, spec, input_shape)
+    return Canonical(polyphase(kernels, phases), factor)
+
+
+def phased(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None = None) -> Phased:
+    """`canonical`, of the same arguments, before the phases become input channels: that copies a strided kernel."""
     kernel = real_array(kernel, "kernel")
     layer = geometry(kernel.shape, spec)
     strides, factor = [], 1.0
@@ -291,7 +311,7 @@ def canonical(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None
                 factor *= math.sqrt(2)
             elif layer.padding == "EDGE":
                 factor *= math.sqrt(max(1 + extent // 2, min(phases, k)))
-        strides.append(phases)
+        strides.append(min(phases, k))
     groups = spec.groups
     if groups == 1:
         kernels = lax.reshape(kernel, (1, *kernel.shape))  # of expand_dims the transpose is a sum
@@ -299,22 +319,25 @@ def canonical(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None
         kernels = jnp.moveaxis(kernel.reshape(*kernel.shape[:-1], groups, kernel.shape[-1] // groups), -2, 0)
     if spec.transposed and not spec.transpose_kernel:
         kernels = jnp.swapaxes(kernels, -1, -2)
-    return Canonical(_polyphase(kernels, tuple(strides)), factor)
+    return Phased(kernels, tuple(strides), factor)
 
 
-def _polyphase(kernels: Array, strides: tuple[int, ...]) -> Array:
+def polyphase(kernels: Array, phases: tuple[int, ...]) -> Array:
     """``(batch, *spatial, c_in, c_out)`` -> the phases of every axis as further input channels."""
-    for axis, stride in enumerate(strides, start=1):
-        taps = kernels.shape[axis]
-        phases = min(stride, taps)
-        if phases == 1:
+    for axis, count in enumerate(phases, start=1):
+        if count == 1:
             continue
-        padded = jnp.pad(kernels, [(0, -taps % phases if a == axis else 0) for a in range(kernels.ndim)])
+        padded = jnp.pad(kernels, [(0, -kernels.shape[axis] % count if a == axis else 0) for a in range(kernels.ndim)])
         shape = padded.shape
-        split = padded.reshape(*shape[:axis], shape[axis] // phases, phases, *shape[axis + 1 :])
+        split = padded.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
         moved = jnp.moveaxis(split, axis + 1, -3)
-        kernels = moved.reshape(*moved.shape[:-3], phases * moved.shape[-2], moved.shape[-1])
+        kernels = moved.reshape(*moved.shape[:-3], count * moved.shape[-2], moved.shape[-1])
     return kernels
+
+
+def polyphase_taps(spatial: tuple[int, ...], phases: tuple[int, ...]) -> tuple[int, ...]:
+    """Taps of the `polyphase` kernel."""
+    return tuple(-(-k // count) for k, count in zip(spatial, phases, strict=True))
 
 
 def from_torch(weight: ArrayLike, *, transposed: bool = False, groups: int = 1) -> Array:

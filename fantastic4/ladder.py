@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fantastic4 import frequency, gram, power, unfolding
-from fantastic4.conv import ConvSpec, canonical, geometry
+from fantastic4.conv import ConvSpec, Phased, geometry, phased, polyphase, polyphase_taps
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import pairs_gradient
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
@@ -102,17 +103,35 @@ class LadderState:
     points: int | None = dataclasses.field(metadata={"static": True})
 
 
-def _prepare(kernel: Array, spec: ConvSpec, scale: Array | None, method: str) -> tuple[Array, float, Array | None]:
-    """Canonical kernels and their factor, with the scale of the outputs beside them or, where it must be, in them."""
+def _plain(kernel: Array, spec: ConvSpec, method: str) -> Phased:
+    """The kernels of a layer as a method takes them: a grid has no use for phases."""
+    kernels, phases, factor = phased(kernel, spec)
+    if method == "grid":
+        return Phased(polyphase(kernels, phases), (1,) * len(phases), factor)
+    return Phased(kernels, phases, factor)
+
+
+def _prepare(kernel: Array, spec: ConvSpec, scale: Array | None, method: str) -> tuple[Phased, Array | None]:
+    """`_plain`, with the scale of the outputs beside the kernels or, where it must be, in them."""
     if scale is None:
-        return *canonical(kernel, spec), None
+        return _plain(kernel, spec, method), None
     c_out = geometry(kernel.shape, spec).c_out
     if scale.shape != (c_out,):
         raise ValueError(f"scale must be ({c_out},), one number for each output of the layer, got {scale.shape}")
     if method != "four" or spec.transposed:
-        return *canonical(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec), None
-    kernels, factor = canonical(kernel, spec)
-    return kernels, factor, scale.astype(kernels.dtype).reshape(len(kernels), -1)
+        return _plain(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec, method), None
+    plain = _plain(kernel, spec, method)
+    return plain, scale.astype(plain.kernels.dtype).reshape(len(plain.kernels), -1)
+
+
+def _weights(kernels: Array, phases: tuple[int, ...]) -> unfolding.Weights:
+    """`fantastic4.unfolding.weights` for a train step, at the taps of the kernels as they are stored."""
+    spatial = kernels.shape[1:-2]
+    squares = polyphase(unfolding.tap_squares(kernels)[..., None, None], phases)
+    scaling = unfolding.weights(jnp.sum(squares, axis=(-2, -1)), TRAINING_POWERS)
+    place = np.indices(spatial).reshape(len(spatial), -1) // np.array(phases)[:, None]
+    at_taps = scaling.taps[:, np.ravel_multi_index(tuple(place), polyphase_taps(spatial, phases))]
+    return scaling._replace(taps=at_taps)
 
 
 @entry(method=choice(*TRAINING_METHODS), points=optional(count(1)), warmup=count(0))
@@ -144,7 +163,7 @@ def init(
       ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid, a ``scale`` that
         is not one number for each output.
     """
-    kernels, _, scale = _prepare(*lax.stop_gradient((kernel, spec, scale)), method)
+    (kernels, phases, _), scale = _prepare(lax.stop_gradient(kernel), spec, lax.stop_gradient(scale), method)
     if points is not None and method != "grid":
         raise ValueError(f"points belong to method 'grid', not to {method!r}")
     inner: Any
@@ -153,40 +172,49 @@ def init(
         frequency.grid_factor(kernels.shape[1:-2], sizes)
         inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
-        inner = power.start(key, kernels, len(TRAINING_POWERS) if method == "weighted" else 1)
-    iterate = _iterate(kernels, method, points, scale)
+        inner = power.start(key, kernels, phases, len(TRAINING_POWERS) if method == "weighted" else 1)
+    iterate = _iterate(kernels, phases, method, points, scale)
     return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
 
 
-def _iterate(kernels: Array, method: str, points: int | None, scale: Array | None) -> Callable[[Any], tuple[Any, Any]]:
+def _iterate(
+    kernels: Array, phases: tuple[int, ...], method: str, points: int | None, scale: Array | None
+) -> Callable[[Any], tuple[Any, Any]]:
     """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
     if method == "grid":
         sizes = _grid_sizes(kernels.shape[1:-2], points)
         return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
     if method == "four":
-        return lambda s: power.step(kernels, s, scale=scale)
-    scaling = unfolding.weights(unfolding.tap_squares(kernels), TRAINING_POWERS)
-    return lambda s: power.step(kernels, s, scaling.taps)
+        return lambda s: power.step(kernels, s, phases, scale=scale)
+    taps = _weights(kernels, phases).taps
+    return lambda s: power.step(kernels, s, phases, weights=taps)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "points", "iterations"))
+@functools.partial(jax.jit, static_argnames=("phases", "method", "points", "iterations"))
 def _advance(
-    kernels: Array, inner: Any, scale: Array | None, *, method: str, points: int | None, iterations: int
+    kernels: Array,
+    inner: Any,
+    scale: Array | None,
+    *,
+    phases: tuple[int, ...],
+    method: str,
+    points: int | None,
+    iterations: int,
 ) -> tuple[Any, Any]:
     """Some power iterations. A program of its own: of constants, so a derivative passes by it without a look inside."""
-    iterate = _iterate(kernels, method, points, scale)
+    iterate = _iterate(kernels, phases, method, points, scale)
     if iterations > 1:
         inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
     return iterate(inner)
 
 
-def _fitting(state: LadderState, kernels: Array, shape: tuple[int, ...]) -> Any:
-    """The vectors of a state, constant and of the dtype of its canonical kernels, to which they must belong."""
+def _fitting(state: LadderState, kernels: Array, phases: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """The vectors of a state, constant and of the dtype of its kernels, to which they must belong."""
     wanted: tuple[int, ...]
     if state.method == "grid":
         wanted = frequency.state_shape(kernels, len(half_grid(_grid_sizes(kernels.shape[1:-2], state.points))))
     else:
-        wanted = power.state_shape(kernels, len(TRAINING_POWERS) if state.method == "weighted" else 1)[0]
+        wanted = power.state_shape(kernels, phases, len(TRAINING_POWERS) if state.method == "weighted" else 1)[0]
     if state.inner.vectors.shape != wanted:
         raise ValueError(
             f"this state belongs to another kernel than {shape} with this spec: "
@@ -235,19 +263,18 @@ def step(
       10.54
     """
     same_kind("state", state, LadderState, "ladder.init(kernel, spec, key=…)")
-    kernels, factor, scale = _prepare(kernel, spec, scale, state.method)
+    (kernels, phases, factor), scale = _prepare(kernel, spec, scale, state.method)
     spatial = kernels.shape[1:-2]
-    inner, constant = _fitting(state, kernels, kernel.shape), lax.stop_gradient(kernels)
-    fixed = lax.stop_gradient(scale)
-    found, inner = _advance(constant, inner, fixed, method=state.method, points=state.points, iterations=iterations)
+    inner, constant = _fitting(state, kernels, phases, kernel.shape), lax.stop_gradient(kernels)
+    how: dict[str, Any] = {"method": state.method, "points": state.points, "iterations": iterations}
+    found, inner = _advance(constant, inner, lax.stop_gradient(scale), phases=phases, **how)
     if state.method == "grid":
         sizes = _grid_sizes(spatial, state.points)
         value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
     elif state.method == "weighted":
-        scaling = unfolding.weights(unfolding.tap_squares(constant), TRAINING_POWERS)
-        value = _smallest(kernels, found, scaling.factor)
+        value = _smallest(kernels, found, _weights(constant, phases).factor)
     else:
-        factor *= math.sqrt(math.prod(spatial))
+        factor *= math.sqrt(math.prod(polyphase_taps(spatial, phases)))
         value = unfolding.smallest(kernels, unfolding.over_groups(found), scale)
     return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)
 
@@ -260,13 +287,14 @@ def step_with_gradient(
         advance = functools.partial(step, state=state, spec=spec, iterations=iterations)
         (value, after), gradient = jax.value_and_grad(advance, has_aux=True)(kernel)
         return value, after, gradient
-    kernels, factor = canonical(kernel, spec)
-    inner = _fitting(state, kernels, kernel.shape)
-    found, inner = _advance(kernels, inner, None, method="four", points=None, iterations=iterations)
+    kernels, phases, factor = phased(kernel, spec)
+    inner = _fitting(state, kernels, phases, kernel.shape)
+    how: dict[str, Any] = {"method": "four", "points": None, "iterations": iterations}
+    found, inner = _advance(kernels, inner, None, phases=phases, **how)
     value, inputs, outputs, _ = unfolding.pick_smallest(unfolding.over_groups(found))
-    factor *= math.sqrt(math.prod(kernels.shape[1:-2]))
+    factor *= math.sqrt(math.prod(polyphase_taps(kernels.shape[1:-2], phases)))
     if factor != 1:
         value, inputs = value * factor, inputs * factor
     gradients = pairs_gradient(inputs, outputs).reshape(kernels.shape)
-    (gradient,) = jax.linear_transpose(lambda kernel: canonical(kernel, spec).kernels, kernel)(gradients)
+    (gradient,) = jax.linear_transpose(lambda kernel: phased(kernel, spec).kernels, kernel)(gradients)
     return value, LadderState(inner, state.method, state.points), gradient

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from fantastic4.conv import polyphase_taps
 from fantastic4.linalg import HIGHEST, generic, unit
-from fantastic4.unfolding import Axes, Pairs, distinct, others
+from fantastic4.unfolding import Pairs, distinct, others
 
 _ROWS = 216  # taps times unfoldings up to which they are one matrix: 7×7, 3×3×3
 _LARGE = 2**20  # entries of a kernel from which on a CPU waits for memory, not for arithmetic
@@ -42,22 +43,31 @@ class _Reading(NamedTuple):
 
 
 @functools.cache
-def _reading(taps: tuple[int, ...], repeats: int = 1) -> tuple[_Reading, _Reading]:
-    """For the output vectors and for the input vectors of the distinct unfoldings, ``repeats`` times over."""
-    grid = np.indices(taps).reshape(len(taps), -1)
+def _reading(spatial: tuple[int, ...], phases: tuple[int, ...], repeats: int) -> tuple[_Reading, _Reading]:
+    """For the output vectors and for the input vectors of the distinct unfoldings, ``repeats`` times over.
 
-    def reading(sides: list[Axes]) -> _Reading:
-        sizes = [tuple(taps[a] for a in axes) for axes in sides]
-        counts = [math.prod(size) for size in sizes]
+    Of a strided kernel the polyphase one is unfolded, whose inputs are those of each phase: taps of different phases
+    share no input vector, and taps that a stride apart are neighbours.
+    """
+    grid = np.indices(spatial).reshape(len(spatial), -1)
+    tap, phase = np.divmod(grid, np.array(phases)[:, None])
+
+    def reading(sides: list[np.ndarray]) -> _Reading:
+        # Taps with the same row of numbers share a vector.
+        places = [np.unique(side.T, axis=0, return_inverse=True)[1].ravel() for side in sides]
+        counts = [1 + max(place) for place in places]
         reads = np.zeros((grid.shape[1], len(sides), sum(counts)), np.float32)
-        for m, (axes, size) in enumerate(zip(sides, sizes, strict=True)):
-            place = np.ravel_multi_index(tuple(grid[a] for a in axes), size) if axes else 0
+        for m, place in enumerate(places):
             reads[np.arange(grid.shape[1]), m, sum(counts[:m]) + place] = 1
         belongs = np.repeat(np.eye(len(sides), dtype=np.float32), counts, axis=1)
         return _Reading(reads.reshape(-1, sum(counts)), belongs)
 
-    outputs = distinct(taps)[0] * repeats
-    return reading(list(outputs)), reading([others(taps, axes) for axes in outputs])
+    taps = polyphase_taps(spatial, phases)
+    # Two at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than
+    # to run it.
+    outputs = distinct(taps)[0] * (2 if math.prod(spatial) == repeats == 1 else repeats)
+    inputs = [[*others(taps, axes)] for axes in outputs]
+    return reading([tap[[*axes]] for axes in outputs]), reading([np.concatenate([tap[i], phase]) for i in inputs])
 
 
 def _is_flat(side: _Reading, x: Array) -> bool:
@@ -188,13 +198,19 @@ class PowerState(NamedTuple):
 
 
 def step(
-    kernels: Array, state: PowerState, weights: Array | None = None, scale: Array | None = None
+    kernels: Array,
+    state: PowerState,
+    phases: tuple[int, ...],
+    *,
+    weights: Array | None = None,
+    scale: Array | None = None,
 ) -> tuple[Pairs, PowerState]:
     """One power iteration of every unfolding, in two passes over the kernels.
 
     Args:
       kernels: ``(batch, *spatial, c_in, c_out)``.
       state: of kernels of this shape.
+      phases: of every axis: it is the polyphase kernels that are unfolded, without being written down.
       weights: ``(batch, taps, m)``, by which each tap counts in each unfolding, m a multiple of the number
         of distinct ones; 1 without.
       scale: ``(batch, c_out)``, by which the outputs are multiplied: the kernels with it are never written down.
@@ -205,9 +221,9 @@ def step(
     """
     # Written in lax: a step is traced for each shape in a network, and jnp takes three times as long.
     batch, *spatial, c_in, c_out = kernels.shape
-    m, kinds = state.scales.shape[1], len(distinct(tuple(spatial))[0])
+    m, kinds = state.scales.shape[1], len(distinct(polyphase_taps(tuple(spatial), phases))[0])
     used = kinds if weights is None else weights.shape[2]
-    out, inp = _reading(tuple(spatial), m // kinds)
+    out, inp = _reading(tuple(spatial), phases, m // kinds)
     by_weight = (lambda x: x) if weights is None else (lambda x: x * weights[..., None])
     by_scale = (lambda x: x) if scale is None else (lambda x: x * scale.reshape(batch, *(1,) * (x.ndim - 2), -1))
     taps = lax.reshape(kernels, (batch, math.prod(spatial), c_in, c_out))
@@ -247,24 +263,19 @@ def step(
     return Pairs(values, inputs, by_scale(outputs), gains), after
 
 
-def state_shape(kernels: Array, repeats: int = 1) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Shapes of a `PowerState` for ``(batch, *spatial, c_in, c_out)``."""
+def state_shape(
+    kernels: Array, phases: tuple[int, ...], repeats: int = 1
+) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """Shapes of a `PowerState` for ``(batch, *spatial, c_in, c_out)``, each unfolding ``repeats`` times over."""
     batch, *spatial, _, c_out = kernels.shape
-    m, vectors = _reading(tuple(spatial), _repeated(tuple(spatial), repeats))[0].belongs.shape
+    m, vectors = _reading(tuple(spatial), phases, repeats)[0].belongs.shape
     return (batch, vectors, c_out), (batch, m)
 
 
-def _repeated(spatial: tuple[int, ...], repeats: int) -> int:
-    # Two at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than
-    # to run it.
-    return 2 if math.prod(spatial) == repeats == 1 else repeats
-
-
-def start(key: Array, kernels: Array, repeats: int = 1) -> PowerState:
+def start(key: Array, kernels: Array, phases: tuple[int, ...], repeats: int = 1) -> PowerState:
     """Random vectors for `step`, scaled by the Frobenius norms of the kernels, near enough to start."""
-    shape, scales_shape = state_shape(kernels, repeats)
-    spatial = kernels.shape[1:-2]
-    side = _reading(spatial, _repeated(spatial, repeats))[0]
+    shape, scales_shape = state_shape(kernels, phases, repeats)
+    side = _reading(kernels.shape[1:-2], phases, repeats)[0]
     vectors = generic(key, shape, kernels.dtype)
     squares = _by_unfolding(side, jnp.sum(vectors * vectors, axis=-1))
     size = jax.vmap(lambda kernel: unit(kernel)[0])(kernels)

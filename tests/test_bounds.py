@@ -82,7 +82,10 @@ def test_step_is_plain_power_iteration_on_all_four():
     np.testing.assert_allclose(four.values / np.sqrt(6), [truth[n] for n in "RSTU"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["same", "stride", "groups", "depthwise", "one-tap", "row", "transposed", "1d", "3d"])
+@pytest.mark.parametrize("name", [
+    "same", "groups", "depthwise", "one-tap", "row", "transposed", "1d", "3d", "stride", "stride-mixed",
+    "dilation-stride", "groups-stride", "transposed-valid", "1d-causal-stride", "3d-transposed",
+])  # fmt: skip
 def test_step_comes_from_below_and_converges(name):
     spec = f4.ConvSpec(**cases.LAYERS[name][2])
     kernel = cases.kernel(name)
@@ -227,17 +230,18 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-def test_a_step_reads_the_kernel_twice_and_its_gradient_writes_it_once():
-    kernel = jnp.ones((3, 3, 64, 64))
-    state = start(kernel)
-    jaxpr = jax.make_jaxpr(lambda k: f4.step(k, state)[0].min())(kernel)
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_step_reads_the_kernel_twice_and_its_gradient_writes_it_once(strides):
+    kernel, spec = jnp.ones((3, 3, 64, 64)), f4.ConvSpec(strides=strides)
+    state = start(kernel, spec)
+    jaxpr = jax.make_jaxpr(lambda k: f4.step(k, state, spec)[0].min())(kernel)
     reads = [
         e
         for e in equations(jaxpr.jaxpr)
         if e.primitive.name == "dot_general" and any(v.aval.size == kernel.size for v in e.invars)
     ]
     assert len(reads) == 2
-    compiled = jax.jit(jax.value_and_grad(lambda k: f4.step(k, state)[0].min())).lower(kernel).compile()
+    compiled = jax.jit(jax.value_and_grad(lambda k: f4.step(k, state, spec)[0].min())).lower(kernel).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
@@ -257,6 +261,32 @@ def test_a_step_is_one_power_iteration_of_each_matrix(shape):
         left = np.einsum(f"hwio,{others}->{mine}", kernel.astype(np.float64), right, optimize=True)
         np.testing.assert_allclose(four[name], 3 * np.linalg.norm(left), rtol=1e-5)
         np.testing.assert_allclose(new[m].reshape(size), left / np.sum(left * left), rtol=0, atol=1e-5 * new[m].max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((3, 3, 2, 4), (2, 2)), ((5, 4, 3, 2), (2, 3)), ((2, 3, 2, 3), (3, 1)), ((7, 2, 3), (3,))]
+)
+def test_a_strided_step_is_that_of_the_polyphase_kernel(shape, strides):
+    """Which is never written down: here it is, tap by tap, as the kernel of a layer that is not strided."""
+    kernel = cases.draw(np.random.default_rng(8), shape, "normal").astype(np.float32)
+    spatial, (c_in, c_out), phases = shape[:-2], shape[-2:], np.minimum(shape[:-2], strides)
+    folded = np.zeros((*-(-np.array(spatial) // phases), *phases, c_in, c_out), np.float32)
+    place = {tap: (*(tap // phases), *(tap % phases)) for tap in np.ndindex(spatial)}
+    for tap in place:
+        folded[place[tap]] = kernel[tap]
+    plain = folded.reshape(*folded.shape[: len(spatial)], -1, c_out)
+
+    def run(kernel, spec):
+        state = start(kernel, spec)
+        step = lambda k: f4.step(k, state, spec, iterations=300)[0]
+        return step(kernel).values, jax.grad(lambda k: step(k).min())(kernel)
+
+    values, gradient = run(kernel, f4.ConvSpec(strides=strides))
+    truth, of_plain = run(plain, f4.ConvSpec())
+    np.testing.assert_allclose(values, truth, rtol=1e-5)
+    of_folded = np.asarray(of_plain).reshape(folded.shape)
+    for tap in place:
+        np.testing.assert_allclose(gradient[tap], of_folded[place[tap]], atol=1e-3)
 
 
 def test_products_run_at_the_highest_precision():

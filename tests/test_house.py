@@ -27,6 +27,7 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency", "power", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds", "kernels"},
+    {"layerwise"},
     {"network", "wrapping", "lipschitz"},
     {"linen", "nnx", "transforms", "robustness"},
     {"__init__"},
