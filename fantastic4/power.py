@@ -65,7 +65,7 @@ def _reading(spatial: tuple[int, ...], phases: tuple[int, ...], repeats: int) ->
     taps = polyphase_taps(spatial, phases)
     # Two at least: a CPU has products of matrices at hand, but compiles one with a vector, which takes far longer than
     # to run it.
-    outputs = distinct(taps)[0] * (2 if math.prod(spatial) == repeats == 1 else repeats)
+    outputs = distinct(taps)[0] * (2 if math.prod(taps) == repeats == 1 else repeats)
     inputs = [[*others(taps, axes)] for axes in outputs]
     return reading([tap[[*axes]] for axes in outputs]), reading([np.concatenate([tap[i], phase]) for i in inputs])
 
@@ -160,9 +160,10 @@ def _each_tap(x: Array, taps: Array) -> Array:
 def _each_tap_streamed(x: Array, taps: Array) -> Array:
     """The same, and reads the kernel once.
 
-    A CPU's product of matrices packs its right operand first: it reads a kernel, writes it and reads it again. Here
-    one loop reads each row once, for all m columns, and sums `_UNROLLED` of them in registers. They are neighbours, so
-    that each device sums its own of a kernel whose inputs are sharded.
+    A CPU's product of matrices goes through its right operand in narrow columns: where a kernel is larger than the
+    cache, each of its rows is waited for many times. Here one loop reads each row once, for all m columns, and sums
+    `_UNROLLED` of them in registers. They are neighbours, so that each device sums its own of a kernel whose inputs are
+    sharded.
     """
     batch, count, c_in, c_out = taps.shape
     m = x.shape[2]
@@ -189,7 +190,7 @@ class PowerState(NamedTuple):
     Attributes:
       vectors: ``(batch, vectors, c_out)``, left singular vectors of one unfolding after the other, divided by
         their singular values: so the squares inside a step are near 1, and neither overflow nor vanish.
-        A kernel with a single tap has a second one, that nobody reads.
+        A (polyphase) kernel with a single tap has a second one, that nobody reads.
       scales: ``(batch, m)``, one over the singular values; of a zero kernel those before it.
     """
 
