@@ -127,7 +127,7 @@ def _read(side: _Reading, vectors: Array, factors: Array | None = None) -> Array
     m = len(side.belongs)
     shape = (batch, rows // m, m, channels)
     reads = side.reads.astype(vectors.dtype)
-    if factors is not None and not side.plain and _is_flat(side, vectors):
+    if factors is not None and _is_flat(side, vectors):
         # XLA compiles a product of matrices once for all numbers of channels.
         scaled = lax.mul(
             lax.broadcast(reads.reshape(rows // m, m, count), (batch,)),
@@ -241,20 +241,24 @@ def step(
         product = lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
         product = lax.transpose(product, (0, 1, 3, 2))
     rights, squares = _collect(inp, by_weight(product))
+    over = _over_root(squares)
     # Of a zero kernel the factor may be infinite, and its product with zero no number.
-    scaled = by_weight(_read(inp, rights, lax.min(lax.mul(_over_root(squares), state.scales), largest)))
+    scaled = by_weight(_read(inp, rights, lax.min(lax.mul(over, state.scales), largest)))
+    if inp.plain:  # to scale numbers is part of what is done with them
+        inputs = by_weight(_times(_read(inp, rights), over))
+    else:
+        inputs = lax.div(scaled, lax.broadcast_in_dim(state.scales, scaled.shape, (0, 2)))
     bare = _back(scaled, taps)
     lefts, squares = _collect(out, by_scale(bare))
     # Where nothing came out the state stays: a factor of 0 says so.
     alive = lax.gt(squares, zero)
     over = lax.select(alive, _over_root(squares), zero)
     scales = lax.select(alive, lax.min(lax.mul(state.scales, over), largest), state.scales)
-    outputs = _read(out, lefts, over)
+    outputs = _times(_read(out, lefts), over) if out.plain else _read(out, lefts, over)
     to_unit, to_scale = (lax.broadcast_in_dim(_by_vector(out, x), lefts.shape, (0, 1)) for x in (over, scales))
     reached = lax.gt(to_unit, lax.full_like(to_unit, 0))
     after = PowerState(lax.select(reached, lax.mul(lax.mul(lefts, to_unit), to_scale), state.vectors), scales)
     values = lax.div(lax.mul(squares, over), state.scales)
-    inputs = lax.div(scaled, lax.broadcast_in_dim(state.scales, scaled.shape, (0, 2)))
     if used < m:
         cut = lambda x, axis: lax.slice_in_dim(x, 0, used, axis=axis)  # noqa: E731
         values, inputs, outputs, bare = cut(values, 1), cut(inputs, 2), cut(outputs, 2), cut(bare, 2)
