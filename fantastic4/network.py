@@ -124,7 +124,7 @@ def init(
       warmup: iterations.
 
     Returns:
-      `NetworkState`. For ResNet-50 and ``"four"`` 0.5 % of the params' size: a kernel of k×k taps has (k + 1)²·c_out
+      `NetworkState`. For ResNet-50 and ``"four"`` 0.4 % of the params' size: a kernel of k×k taps has (k + 1)²·c_out
       numbers, a matrix 2·c_out.
 
     Raises:
