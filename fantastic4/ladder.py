@@ -103,7 +103,7 @@ class LadderState:
     points: int | None = dataclasses.field(metadata={"static": True})
 
 
-def _plain(kernel: Array, spec: ConvSpec, method: str) -> Phased:
+def _as_taken(kernel: Array, spec: ConvSpec, method: str) -> Phased:
     """The kernels of a layer as a method takes them: a grid has no use for phases."""
     kernels, phases, factor = phased(kernel, spec)
     if method == "grid":
@@ -112,15 +112,15 @@ def _plain(kernel: Array, spec: ConvSpec, method: str) -> Phased:
 
 
 def _prepare(kernel: Array, spec: ConvSpec, scale: Array | None, method: str) -> tuple[Phased, Array | None]:
-    """`_plain`, with the scale of the outputs beside the kernels or, where it must be, in them."""
+    """`_as_taken`, with the scale of the outputs beside the kernels or, where it must be, in them."""
     if scale is None:
-        return _plain(kernel, spec, method), None
+        return _as_taken(kernel, spec, method), None
     c_out = geometry(kernel.shape, spec).c_out
     if scale.shape != (c_out,):
         raise ValueError(f"scale must be ({c_out},), one number for each output of the layer, got {scale.shape}")
     if method != "four" or spec.transposed:
-        return _plain(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec, method), None
-    plain = _plain(kernel, spec, method)
+        return _as_taken(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec, method), None
+    plain = _as_taken(kernel, spec, method)
     return plain, scale.astype(plain.kernels.dtype).reshape(len(plain.kernels), -1)
 
 

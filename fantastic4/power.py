@@ -253,7 +253,7 @@ def step(
     # Where nothing came out the state stays: a factor of 0 says so.
     alive = lax.gt(squares, zero)
     over = lax.select(alive, _over_root(squares), zero)
-    scales = lax.select(alive, lax.min(lax.mul(state.scales, over), largest), state.scales)
+    scales = lax.select(alive, lax.mul(state.scales, over), state.scales)
     outputs = _times(_read(out, lefts), over) if out.plain else _read(out, lefts, over)
     to_unit, to_scale = (lax.broadcast_in_dim(_by_vector(out, x), lefts.shape, (0, 1)) for x in (over, scales))
     reached = lax.gt(to_unit, lax.full_like(to_unit, 0))
