@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -123,20 +124,29 @@ def slopes(expr: Expr) -> frozenset[Fraction] | None:
     return known[0] | known[1]
 
 
+def _compared(expr: Expr) -> tuple[tuple[Fraction, Fraction], tuple[Fraction, Fraction]] | None:
+    """What an absolute value, a maximum or a selection compares, where that is two affine functions."""
+    if expr.op not in ("abs", "max", "min", "select"):
+        return None
+    left, right = (affine(side) for side in (*expr.args, const(0))[:2])
+    return None if left is None or right is None else (left, right)
+
+
 def kinks(expr: Expr) -> set[float]:
     """Where an absolute value, a maximum or a selection of affine functions changes over."""
     found = set().union(*(kinks(arg) for arg in expr.args)) if expr.args else set()
-    sides: dict[str, tuple[Expr, ...]] = {
-        "abs": (*expr.args[:1], const(0)),
-        "max": expr.args,
-        "min": expr.args,
-        "select": expr.args[:2],
-    }
-    if expr.op in sides:
-        left, right = map(affine, sides[expr.op])
-        if left is not None and right is not None and left[0] != right[0]:
+    compared = _compared(expr)
+    if compared is not None:
+        left, right = compared
+        if left[0] != right[0]:
             found.add(float((right[1] - left[1]) / (left[0] - right[0])))
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def has_known_kink(expr: Expr) -> bool:
+    """Whether `kinks` knows where this operation itself changes over."""
+    return _compared(expr) is not None
 
 
 def selections(expr: Expr) -> list[Expr]:

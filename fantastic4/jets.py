@@ -1,7 +1,8 @@
 """What a function of one number does on intervals: f, f' and f'' between two floats each, rounded outwards.
 
 NumPy in float64, on the host. One-sided at kinks: an interval that ends where an absolute value, a maximum or a
-selection changes over knows one side only.
+selection changes over knows one side only. That is so where the place is known (`expression.kinks`), for whoever looks
+at f'' must look there; where it is not, an interval that touches it knows both sides, and nothing of f''.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fantastic4.expression import UNARY, Expr
+from fantastic4.expression import UNARY, Expr, has_known_kink
 
 
 class Interval(NamedTuple):
@@ -142,11 +143,6 @@ def _unary(op: str, p: Interval) -> tuple[Interval, Interval, Interval]:
     one, zero = _same(1.0, p.lo), _same(0.0, p.lo)
     if op == "neg":
         return -p, -one, zero
-    if op == "abs":
-        value = Interval(p.smallest(), p.largest())
-        sign = one.where(p.lo >= 0, (-one).where(p.hi <= 0, one.hull(-one)))
-        smooth = (p.lo >= 0) | (p.hi <= 0)
-        return value, sign, zero.where(smooth, _same(-np.inf, p.lo).hull(_same(np.inf, p.lo)))
     if op in ("exp", "expm1"):
         power = _monotone(np.exp, p)
         power = Interval(np.maximum(power.lo, 0.0), power.hi)
@@ -214,6 +210,11 @@ def jet(expr: Expr, x: Interval) -> Jet:
     if expr.op == "const":
         return Jet(_same(expr.number, x.lo), zero, zero)
     args = [jet(arg, x) for arg in expr.args]
+    over = np.greater_equal if has_known_kink(expr) else np.greater
+    if expr.op == "abs":
+        (p,) = args
+        chosen = _pick(over(p.value.lo, 0), over(0, p.value.hi), p, Jet(*(-part for part in p)))
+        return chosen._replace(value=Interval(p.value.smallest(), p.value.largest()))
     if expr.op in UNARY:
         return _chain(expr.op, args[0])
     if expr.op == "power":
@@ -235,7 +236,7 @@ def jet(expr: Expr, x: Interval) -> Jet:
         return _times(left, right)
     if expr.op == "div":
         return _times(left, _inverse(right))
-    bigger, smaller = left.value.lo >= right.value.hi, left.value.hi <= right.value.lo
+    bigger, smaller = over(left.value.lo, right.value.hi), over(right.value.lo, left.value.hi)
     chosen = _pick(bigger, smaller, left, right) if expr.op == "max" else _pick(smaller, bigger, left, right)
     function = np.maximum if expr.op == "max" else np.minimum
     return chosen._replace(value=Interval(*(function(a, b) for a, b in zip(left.value, right.value, strict=True))))

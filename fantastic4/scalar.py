@@ -43,7 +43,7 @@ def _check_continuous(expr: Expr) -> None:
 
 
 def _inner_kinks(expr: Expr) -> list[float]:
-    return sorted(k for k in kinks(expr) if abs(k) < BORDER)
+    return sorted(k for k in kinks(expr) if abs(k) <= BORDER)
 
 
 def _search(expr: Expr, order: int, far: float | None = None) -> float:

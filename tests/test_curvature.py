@@ -103,7 +103,19 @@ def shifted_images(rng):
     return two_convolutions(rng, ((0, 0.6), (2, 0.4)))
 
 
-@pytest.mark.parametrize("make", [parts_of_the_input, two_convolutions, shifted_images])
+def contracted_in_two_orders(rng):
+    one, two, last = rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 5)), rng.normal(size=(12, 2))
+    turned = np.moveaxis(two, 0, 1)
+
+    def net(x):
+        image = x.reshape(2, 3)
+        parts = [jnp.tensordot(image, one, ((0, 1), (0, 1))), jnp.tensordot(image, turned, ((1, 0), (0, 1)))]
+        return (jnp.concatenate([jax.nn.softplus(part) for part in parts]) @ last)[None]
+
+    return (1, 6), net, [one.reshape(6, 7), two.reshape(6, 5)], last
+
+
+@pytest.mark.parametrize("make", [parts_of_the_input, contracted_in_two_orders, two_convolutions, shifted_images])
 def test_first_layers_side_by_side_have_the_norm_of_all(make, x64):
     rng = np.random.default_rng(SEED)
     shape, net, matrices, last = make(rng)

@@ -136,6 +136,8 @@ EXACT = {
     "vmap": (jax.vmap(lambda row: W @ row), S, norm(W)),
     # moves.py
     "reshape": (lambda x: 2 * x.reshape(3, 2), S, 2.0),
+    "reshape in another order": (lambda x: x - lax.reshape(x, (2, 2), (1, 0)), (2, 2), 2.0),
+    "ravel by columns": (lambda x: x - x.ravel(order="F").reshape(2, 2), (2, 2), 2.0),
     "squeeze": (lambda x: 2 * jnp.squeeze(x[None], 0), S, 2.0),
     "transpose": (lambda x: x.T - x.T * 3, S, 2.0),
     "rev": (lambda x: 2 * lax.rev(x, (0,)), S, 2.0),
@@ -192,6 +194,9 @@ EXACT = {
     "matrix on the left": (lambda x: W @ x, (3, 2), norm(W)),
     "batched matrices": (lambda x: jnp.einsum("bi,bij->bj", x, STACK), S, max(map(norm, STACK))),
     "batched matrices on the left": (lambda x: jnp.einsum("bij,bkj->bki", STACK, x), (2, 3, 4), max(map(norm, STACK))),
+    "matrix of several axes in another order": (
+        lambda x: jnp.tensordot(x, STACK, ((1, 0), (1, 0))), S, norm(STACK.reshape(6, 4)),
+    ),
     "matrix of several axes": (lambda x: jnp.tensordot(x, STACK, 2), S, norm(STACK.reshape(6, 4))),
     "outer product": (lambda x: jnp.einsum("bi,j->bij", x, B), S, norm(B[:, None])),
     "two matrices": (lambda x: x @ TALL @ WIDE, S, norm(TALL.astype(float) @ WIDE)),
@@ -444,6 +449,18 @@ def scaled_in_another_shape(x):
     return (x @ kernel).reshape(2, 2) * jnp.array([[1.0, 3.0]], x.dtype)
 
 
+def scaled_by_columns(x):
+    """Constants for the columns, of a matrix's outputs read by columns."""
+    kernel = jnp.diag(jnp.array([5.0, 1.0], x.dtype))
+    return lax.reshape(x @ kernel, (2, 2), (1, 0)) * jnp.array([[1.0, 3.0]], x.dtype)
+
+
+def softmax_of_stacked_constants(x):
+    """exp(x₀) / (exp(x₀) + exp(-100)) and 1 / (exp(x₀) + exp(-100)): not a softmax."""
+    stacked = jnp.stack([x, jnp.array([0.0, -100.0], x.dtype)])
+    return jnp.exp(stacked[:, 0]) / jnp.sum(jnp.exp(jnp.stack([stacked[0, 0], stacked[1, 1]])))
+
+
 def steep_far_out(x):
     """Its slope is 4e-5 at 40 and 1 in the end."""
     return jnp.sqrt(x * x + 1e12)
@@ -474,6 +491,8 @@ TRAPS = {
     "softmax of a difference that varies": (softmax_of_a_difference, (2,), [[0.0, 0.0]]),
     "circular padding with zeros around": (wrapped_and_padded, (1, 2, 1), [[0.0] * 2]),
     "constants in another shape than their product's": (scaled_in_another_shape, (1, 4), [[0.0] * 4]),
+    "constants for columns that became rows": (scaled_by_columns, (2, 2), [[0.0] * 4]),
+    "softmax of stacked constants that differ": (softmax_of_stacked_constants, (2,), [[-10.0, 0.0]]),
     "a slope that grows far out": (steep_far_out, (1,), [[1e9]]),
     "softmax along the wrong axis": (lambda x: jnp.exp(x) / jnp.exp(x).sum(0)[:, None], (3, 3), None),
     "softmax of another exponent": (lambda x: jnp.exp(2 * x) / jnp.exp(x).sum(-1, keepdims=True), S, None),

@@ -96,6 +96,27 @@ def test_small_jumps_of_the_slope_are_seen():
         most_bent(sum_)
 
 
+LATE = {
+    "maximum of a relu": (op("max", op("max", X, 0), op("sub", 2, X)), 1.0),
+    "maximum of a selection": (op("max", op("select", 0, X, X, 0), op("sub", 4, X)), 2.0),
+    "absolute value of a selection": (op("abs", op("select", X, 2, X, X)), 0.0),
+    "logistic of a maximum": (op("logistic", op("max", op("max", X, 0.25), op("sub", 2.5, X))), 1.25),
+    "at the border": (op("abs", op("sub", X, 40)), 40.0),
+    "at the border, of a relu": (op("min", op("max", X, 0), op("sub", 80, X)), 40.0),
+    "beyond the border": (op("max", op("sub", X, 5000), 0), 5000.0),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_kinks_of_what_has_kinks_are_seen(name):
+    """Where a maximum changes over depends on another one; and where the search halves its cells."""
+    expression, kink = LATE[name]
+    around = np.array([kink - 2**-20, kink, kink + 2**-20])
+    assert np.abs(np.diff(np.diff(evaluate(expression, around)))) > 2**-23  # it is one
+    with pytest.raises(ValueError, match=r"its slope jumps at|no finite bound"):
+        most_bent(expression)
+
+
 def random_expression(rng, depth):
     """A random tree of operations that keep slopes finite."""
     if depth == 0:
@@ -112,7 +133,8 @@ def random_expression(rng, depth):
 def evaluate(expression, x):
     functions = {
         "tanh": np.tanh, "logistic": lambda v: 1 / (1 + np.exp(-v)), "erf": np.vectorize(math.erf), "sin": np.sin,
-        "abs": np.abs, "max": np.maximum, "add": np.add, "mul": np.multiply,
+        "abs": np.abs, "max": np.maximum, "min": np.minimum, "add": np.add, "sub": np.subtract, "mul": np.multiply,
+        "select": lambda a, b, left, right: np.where(a < b, left, right),
     }  # fmt: skip
     if expression.op == "x":
         return x
@@ -128,3 +150,29 @@ def test_random_expressions_are_never_steeper():
         expression = random_expression(rng, 3)
         found = np.max(np.abs(np.diff(evaluate(expression, x)) / np.diff(x)))  # a mean value is a slope somewhere
         assert found <= steepest(expression) * (1 + 1e-6)
+
+
+def pieces(rng, depth):
+    """A random function with kinks at numbers of few digits, or without."""
+    if depth == 0:
+        line = op("add", op("mul", float(rng.integers(-1, 2)), X), float(rng.integers(-4, 5)) / 4)
+        return op("select", X, 0, line, line)  # whose kinks nothing lists
+    kind = str(rng.choice(["abs", "max", "min", "add", "add", "tanh"]))
+    parts = [pieces(rng, depth - 1) for _ in range(1 if kind in ("abs", "tanh") else 2)]
+    return op(kind, *parts)
+
+
+def test_random_functions_in_pieces_are_never_more_bent():
+    rng = np.random.default_rng(0)
+    step = 2.0**-10
+    x = np.arange(-8, 8, step)
+    smooth = 0
+    for _ in range(30):
+        expression = pieces(rng, 2)
+        found = np.max(np.abs(np.diff(evaluate(expression, x), 2))) / step**2  # a mean value of f''
+        try:
+            assert found <= most_bent(expression) * (1 + 1e-6) + 1e-7
+            smooth += 1
+        except ValueError:
+            continue
+    assert smooth > 5

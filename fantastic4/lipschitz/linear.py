@@ -28,7 +28,10 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, matrix = operands if left_first else operands[::-1]
     matrix = jnp.asarray(matrix)
     own = int(left_first)
-    contracted, batched = contract[own], batch[own]
+    # In the order of the signal's axes: rows of the matrix are then its entries as they lie in memory.
+    pairs = sorted(zip(contract[1 - own], contract[own], strict=True))
+    taken, contracted = [a for a, _ in pairs], [a for _, a in pairs]
+    batched = batch[own]
     free = tuple(a for a in range(matrix.ndim) if a not in (*contracted, *batched))
     shape = out_shape(eqn)
     sizes = [matrix.shape[a] for a in free]
@@ -40,7 +43,7 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     start = len(batched) + (count if left_first else 0)
     # Two matrices in a row: the last axes of the first one's outputs are what the second contracts.
     rank = len(signal.shape)
-    last = tuple(range(rank - len(contract[1 - own]), rank))
+    last = tuple(range(rank - len(taken), rank))
 
     def apply(kernel: Any, x: Any) -> Any:
         back = kernel.reshape([matrix.shape[a] for a in (*batched, *contracted, *free)])
@@ -55,7 +58,7 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         isinstance(before, Linear)
         and signal.is_shifted
         and signal.shape == before.shape
-        and tuple(contract[1 - own]) == last == before.features
+        and tuple(taken) == last == before.features
         and not batched
     ):
         return whole(node.after(before) or node)

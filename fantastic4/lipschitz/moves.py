@@ -29,7 +29,11 @@ def reshaped(signal: Signal, shape: Sequence[int]) -> Signal:
 
 @rule("reshape", "squeeze", "expand_dims")
 def _reshape(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
-    return reshaped(operands[0], out_shape(eqn))
+    (signal,) = operands
+    order = eqn.params["dimensions"]  # of a reshape, the axes by which it reads; of the others those of size 1
+    if eqn.primitive.name == "reshape" and order is not None:
+        signal = moved(signal, signal.places.transpose(order))
+    return reshaped(signal, out_shape(eqn))
 
 
 @rule("transpose")
@@ -120,7 +124,7 @@ def _stacked(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
     apart = [
         moved(o, np.expand_dims(o.places, axis))
         if isinstance(o, Signal)
-        else np.expand_dims(np.zeros(np.shape(o)), axis)
+        else (np if is_known(o) else jnp).expand_dims(o, axis)
         for o in operands
     ]
     return concatenate(apart, axis, walk.label(eqn))
