@@ -158,8 +158,8 @@ def bound(
       iterations: of ``"gram"`` and ``"gram_conv"``, at least 1.
 
     Returns:
-      Scalar, differentiable in both modes; its vectors are held constant in second derivatives. 0 for a zero kernel,
-      NaN where an entry is NaN or infinite.
+      Scalar, differentiable in both modes; its vectors are held constant in second derivatives, which are zero but for
+      ``"gram_conv"``. 0 for a zero kernel, NaN where an entry is NaN or infinite.
 
     Raises:
       ValueError: an unknown method, a grid too coarse, an option of another method, or what `four_bounds` refuses.

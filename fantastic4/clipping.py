@@ -17,14 +17,14 @@ from jax import Array, lax
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.dense import frobenius_bound
-from fantastic4.entry import entry, flag, number, sizes
+from fantastic4.entry import entry, flag, positive, sizes
 from fantastic4.linalg import HIGHEST, all_finite, real_array
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up
 from fantastic4.spectrum import CIRCULAR, singular_values
 from fantastic4.symbol import Grid, phases, symbols
 
 
-@entry(input_shape=sizes, maximum=number, crop=flag)
+@entry(input_shape=sizes, maximum=positive, crop=flag)
 def clip_singular_values(
     kernel: Array,
     input_shape: tuple[int, ...],

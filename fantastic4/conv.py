@@ -36,6 +36,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _hashable(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     return tuple(_hashable(v) for v in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
@@ -91,6 +92,10 @@ class ConvSpec:
                 f"padding {self.padding!r} is not one of {', '.join(allowed)} for {kind}: "
                 "name one of these, an int, or (low, high) pairs"
             )
+        entries = self.padding if isinstance(self.padding, tuple) else (self.padding,)
+        ends = [end for entry in entries for end in (entry if isinstance(entry, tuple) else (entry,))]
+        if not isinstance(self.padding, str) and not all(map(_is_int, ends)):
+            raise ValueError(f"padding must be a word, an int, or an int or (low, high) an axis, got {self.padding!r}")
         if self.transpose_kernel and not self.transposed:
             raise ValueError("transpose_kernel=True needs transposed=True: only ConvTranspose has it")
         if self.transpose_kernel and self.groups != 1:
@@ -207,9 +212,7 @@ def geometry(shape: tuple[int, ...], spec: ConvSpec) -> Geometry:
     if not isinstance(padding, str):
         entries = padding if isinstance(padding, tuple) else (padding,) * rank
         pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in entries)
-        if len(pairs) != rank or not all(
-            len(p) == 2 and all(isinstance(v, int | np.integer) for v in p) for p in pairs
-        ):
+        if len(pairs) != rank or not all(len(pair) == 2 for pair in pairs):
             raise ValueError(
                 f"padding {padding} must be an int, or an int or (low, high) for each of the {rank} spatial axes"
             )

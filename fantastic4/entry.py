@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from fantastic4.devices import on_any_mesh
+from fantastic4.promotion import usual_promotion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,13 +81,20 @@ def number(name: str, value: Any) -> Any:
     return value
 
 
+def positive(name: str, value: Any) -> Any:
+    """A converter for `entry`: a `number` above 0, as far as it is known."""
+    if not isinstance(number(name, value), jax.core.Tracer) and not value > 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return value
+
+
 def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
 
     With ``compiled=False`` it is only checked: for a function that is made of several compiled ones.
 
-    Every keyword names a static argument (or a `number`) and the converter that checks it. All other arguments must be
-    arrays, trees of arrays, or static objects such as a `ConvSpec`.
+    Every keyword names a static argument, or a dynamic `number` or `positive` one, and the converter that checks it.
+    All other arguments must be arrays, trees of arrays, or static objects such as a `ConvSpec`.
 
     Returns:
       A decorator. The function raises ValueError for an argument that JAX cannot take.
@@ -94,8 +102,8 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        names = tuple(n for n, c in static.items() if c is not number)
-        call = on_any_mesh(jax.jit(function, static_argnames=names) if compiled else function)
+        names = tuple(n for n, c in static.items() if c not in (number, positive))
+        call = usual_promotion(on_any_mesh(jax.jit(function, static_argnames=names) if compiled else function))
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:

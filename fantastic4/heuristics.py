@@ -22,7 +22,7 @@ from jax import Array, lax
 from fantastic4 import dense, frequency, jacobian
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
-from fantastic4.entry import count, entry, number, same_kind, sizes
+from fantastic4.entry import count, entry, positive, same_kind, sizes
 from fantastic4.linalg import HIGHEST, generic, real_array, unit
 from fantastic4.spectrum import CIRCULAR
 from fantastic4.symbol import Grid
@@ -211,7 +211,7 @@ def estimate_ryu(
     return ryu_step(kernel, state, spec, iterations=iterations)[0]
 
 
-@entry(maximum=number, iterations=count(1))
+@entry(maximum=positive, iterations=count(1))
 def gouk_project(
     kernel: Array,
     maximum: Array | float,

@@ -21,6 +21,7 @@ from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.entry import count, sizes
 from fantastic4.entry import mesh as one_mesh
 from fantastic4.linalg import krylov_top, real_array
+from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import gamma
 from fantastic4.supremum import Enclosure, OutputWave
 
@@ -45,6 +46,7 @@ class Interval(NamedTuple):
     reached: bool
 
 
+@usual_promotion
 def norm_interval(
     kernel: Array | np.ndarray,
     spec: ConvSpec = ConvSpec(),  # noqa: B008 (frozen)

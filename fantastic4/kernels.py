@@ -23,6 +23,7 @@ Select = str | Sequence[str] | Callable[[str, Any], bool]
 
 _NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
 _ATTENTION = {"query": 1, "key": 1, "value": 1, "out": -1}  # Flax's DenseGeneral in attention: how many input axes
+_MATRICES = ("DenseGeneral", "LinearGeneral", "Einsum")  # as Flax names layers that have no name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +118,17 @@ def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 def _matches(select: Select, path: str, leaf: Any) -> bool:
     if callable(select):
         return bool(select(path, leaf))
+    if not isinstance(select, str | Sequence):
+        raise ValueError(f"select must be a glob, several, or a function of path and leaf, got {select!r}")
     return any(fnmatch.fnmatchcase(path, glob) for glob in ([select] if isinstance(select, str) else select))
 
 
-def _guess(words: tuple[str, ...], shape: tuple[int, ...]) -> Spec | None:
-    """What a leaf is by its name and shape; None for no kernel."""
+def _guess(words: tuple[str, ...], shape: tuple[int, ...], bias: tuple[int, ...]) -> Spec | None:
+    """What a leaf is by its name, its shape and that of the bias beside it; None for no kernel.
+
+    Raises:
+      ValueError: a layer that is no convolution by its name, whose inputs are any number of axes.
+    """
     if words[-1] not in _NAMES or not 2 <= len(shape) <= 5 or 0 in shape:
         return None
     if len(shape) == 2:
@@ -129,6 +136,15 @@ def _guess(words: tuple[str, ...], shape: tuple[int, ...]) -> Spec | None:
     parent = words[-2] if len(words) > 1 else ""
     if len(shape) == 3 and words[-1] == "kernel" and parent in _ATTENTION:
         return Dense(_ATTENTION[parent])
+    # A convolution's bias has one axis: one of several is that of a matrix, or of many convolutions side by side.
+    matrix = words[-1] == "kernel" and 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias
+    if matrix and (len(bias) == len(shape) - 1 or bias[0] != shape[0]):
+        return Dense(-len(bias))
+    if matrix or parent.startswith(_MATRICES):
+        raise ValueError(
+            f"{'/'.join(words)}: a kernel of shape {shape} does not tell which of its axes are inputs: pass "
+            f"specs={{{'/'.join(words)!r}: network.Dense(inputs=1)}}, or with as many as there are"
+        )
     return ConvSpec()
 
 
@@ -136,7 +152,10 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     """The kernels of a params tree.
 
     A kernel is a leaf named ``kernel`` (Flax), ``w`` (Haiku) or ``weight`` (Equinox: ``(c_out, c_in, *spatial)``).
-    With two axes it is a matrix, with three to five a convolution; the projections of Flax's attention are matrices.
+    With two axes it is a matrix, with three to five a convolution; the projections of Flax's attention are matrices,
+    and so is what has a bias of several axes. **A ``DenseGeneral`` of another name, with no such bias, is taken for a
+    convolution**: give it a spec.
+
     Unless ``specs`` says otherwise a convolution has `ConvSpec`'s defaults: whatever its strides, dilation, groups,
     zero or circular padding, and transposed too, its norm is at most that; a spec with strides or groups is tighter.
     REFLECT and EDGE padding add to the norm: there a spec is needed.
@@ -151,7 +170,8 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
       A `Layer` each, in the order of the tree.
 
     Raises:
-      ValueError: no kernel; a spec for a path that does not exist, or that does not fit its kernel.
+      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known; a spec for a path that does not
+        exist, or that does not fit its kernel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,6 +182,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     """
     specs = dict(specs or {})
     layers, unused, seen = [], set(specs), []
+    shapes = {words: tuple(leaf.shape) for words, leaf in _leaves(params)}
     for words, leaf in _leaves(params):
         path = "/".join(words)
         seen.append(path)
@@ -169,8 +190,10 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         fits = [glob for glob in specs if glob == path or (leaf.ndim > 1 and fnmatch.fnmatchcase(path, glob))]
         given = path if path in fits else next(iter(fits), None)
         unused -= set(fits)
-        spec = specs[given] if given is not None else _guess(words, leaf.shape)
-        if spec is None or (select is not None and not _matches(select, path, leaf)):
+        if select is not None and not _matches(select, path, leaf):
+            continue
+        spec = specs[given] if given is not None else _guess(words, leaf.shape, shapes.get((*words[:-1], "bias"), ()))
+        if spec is None:
             continue
         layer = Layer(path, tuple(leaf.shape), spec, words[-1] == "weight")
         _check(layer)

@@ -18,6 +18,7 @@ from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice
 from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at
 from fantastic4.linalg import each
+from fantastic4.promotion import usual_promotion
 from fantastic4.tables import columns
 
 
@@ -25,6 +26,7 @@ def _bound(layer: Layer, method: str, kernel: Array) -> Array:
     return dense.bound(kernel[0]) if layer.is_dense else bound(kernel, layer.conv, method=method)
 
 
+@usual_promotion
 @on_any_mesh
 def _bounds(leaves: Mapping[str, Array], layers: Sequence[Layer], method: str) -> dict[str, Array]:
     found = {}

@@ -23,6 +23,7 @@ from fantastic4.entry import choice, count, number, optional, same_kind
 from fantastic4.kernels import Dense, Layer, Select, Spec, Stacked, find, leaves_at, replace, some
 from fantastic4.layerwise import Report, Row, bounds, report
 from fantastic4.linalg import each
+from fantastic4.promotion import usual_promotion
 
 __all__ = [
     "Dense", "Layer", "NetworkState", "Report", "Row", "Select", "Spec", "Stacked",
@@ -84,6 +85,7 @@ def _map(function: Callable[..., Any], leaves: Sequence[Array], layer: Layer, *s
     return function(kernels, *states) if alone else each(function, kernels, *states)
 
 
+@usual_promotion
 @on_any_mesh
 def _starts(
     leaves: Mapping[str, Array],
@@ -178,6 +180,7 @@ def _after(state: NetworkState, values: Sequence[Array], inner: Sequence[Any]) -
     return together, dataclasses.replace(state, inner=tuple(inner), values=jax.lax.stop_gradient(together))
 
 
+@usual_promotion
 @on_any_mesh
 @functools.partial(jax.jit, static_argnames=("reduce", "iterations"))
 def _penalty(
@@ -209,6 +212,7 @@ def _advance_with_gradients(
     return values, new, *jax.linear_transpose(functools.partial(_kernels, layer=layer), leaves)(gradients)
 
 
+@usual_promotion
 @on_any_mesh
 @functools.partial(jax.jit, static_argnames=("reduce", "iterations"))
 def _penalty_with_gradients(

@@ -51,7 +51,14 @@ def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
     matrix = jnp.asarray(matrix)
     if matrix.shape not in ((), (classes, classes)):
         raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
-    return jnp.broadcast_to(matrix, (classes, classes))
+    return jnp.broadcast_to(_not_negative(matrix, name), (classes, classes))
+
+
+def _not_negative(x: Array, name: str) -> Array:
+    """``x``, unless it is known to have a negative entry."""
+    if not isinstance(x, jax.core.Tracer) and (np.asarray(x) < 0).any():
+        raise ValueError(f"{name} must not be negative")
+    return x
 
 
 def _slack(*dtypes: Any) -> float:
@@ -396,5 +403,6 @@ def attack(
     """
     steps, restarts = count(1)("steps", steps), count(1)("restarts", restarts)
     jax.eval_shape(lambda x: _logits(fn, x), x)
-    sizes = jnp.broadcast_to(jnp.asarray(epsilon, x.dtype), (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
+    epsilon = _not_negative(jnp.asarray(epsilon, x.dtype), "epsilon")
+    sizes = jnp.broadcast_to(epsilon, (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
     return _attack(_fresh(fn), x, jnp.asarray(labels), sizes, key, steps, restarts)

@@ -23,6 +23,7 @@ from fantastic4.devices import on_any_mesh
 from fantastic4.entry import count, sizes
 from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
+from fantastic4.promotion import usual_promotion
 
 _TRIES = 8  # rounds until rounding no longer lifts a projected kernel above its limit; two are usual
 
@@ -312,6 +313,7 @@ def _projection(
                 done |= dict(zip(paths, last, strict=True))
             return done
 
+        @usual_promotion
         @on_any_mesh
         def replaced(old: dict[str, Array], given: dict[str, Array], counted: Array) -> dict[str, Array]:
             change = functools.partial(projected, old)

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from fantastic4 import ladder
 from fantastic4.conv import ConvSpec
-from fantastic4.entry import choice, count, optional
+from fantastic4.entry import choice, count, optional, positive
 from fantastic4.frequency import GridState
 from fantastic4.power import PowerState
 
@@ -45,8 +45,7 @@ class Wrapping:
         optional(count(1))("points", self.points)
         count(1)("iterations", self.iterations)
         count(0)("warmup", self.warmup)
-        if not self.maximum > 0:
-            raise ValueError(f"maximum must be a positive number, got {self.maximum!r}")
+        positive("maximum", self.maximum)
 
     def start(self, kernel: Array, key: Array) -> dict[str, Array]:
         """The first state, plain arrays by name."""

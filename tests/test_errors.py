@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import fantastic4 as f4
-from fantastic4 import jacobian
+from fantastic4 import jacobian, lipschitz, network, robustness
 
 K = np.ones((3, 3, 2, 4), np.float32)
 KEY = jax.random.key(0)
@@ -33,13 +33,15 @@ CASES = {
     "strides of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(strides=(2, 2, 2))), r"strides \(2, 2, 2\) has 3 entries, the kernel .* has 2 spatial axes"),
     "dilation of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(dilation=(2,))), r"dilation \(2,\) has 1 entries"),
     "pads of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(padding=((1, 1),))), r"\(low, high\) for each of the 2 spatial axes"),
-    "pads that are no ints": (lambda: f4.four_bounds(K, f4.ConvSpec(padding=((1, 1.5), (0, 0)))), "must be an int, or an int or"),
+    "pads that are no ints": (lambda: f4.four_bounds(K, f4.ConvSpec(padding=((1, 1.5), (0, 0)))), "padding must be a word, an int, or an int or"),
     "causal 2-D": (lambda: f4.four_bounds(K, f4.ConvSpec(padding="CAUSAL")), "CAUSAL padding is for one spatial axis, the kernel .* has 2"),
     "unknown padding": (lambda: f4.ConvSpec(padding="SOME"), "padding 'SOME' is not one of SAME, .*EDGE for a convolution"),
     "transposed reflect": (lambda: f4.ConvSpec(padding="REFLECT", transposed=True), "not one of SAME, VALID, CIRCULAR for a transposed"),
     "stride 0": (lambda: f4.ConvSpec(strides=0), "strides must be ints of at least 1, got 0"),
     "stride 1.5": (lambda: f4.ConvSpec(strides=1.5), "strides must be ints of at least 1, got 1.5"),
     "groups as a tuple": (lambda: f4.ConvSpec(groups=(1, 2)), r"groups must be an int, got \(1, 2\)"),
+    "padding as a boolean": (lambda: f4.ConvSpec(padding=True), "padding must be a word, an int, or an int or .low, high. an axis, got True"),
+    "padding without a value": (lambda: f4.ConvSpec(padding=None), "padding must be a word, an int"),
     "transpose_kernel alone": (lambda: f4.ConvSpec(transpose_kernel=True), "needs transposed=True"),
     "transpose_kernel with groups": (lambda: f4.ConvSpec(transposed=True, transpose_kernel=True, groups=2), "goes with groups=1"),
     "spectrum of zero padding": (lambda: f4.singular_values(K, (4, 4), f4.ConvSpec()), "exact for CIRCULAR padding, got 'SAME', whose norm may be larger"),
@@ -89,6 +91,13 @@ CASES = {
     "interval at a wrong rank": (lambda: f4.norm_interval(K, input_shape=(4,)), r"input_shape \(4,\) must have 2 entries"),
     "clipping zero padding": (lambda: f4.clip_singular_values(K, (4, 4), 1.0, f4.ConvSpec()), "exact for CIRCULAR padding"),
     "clipping to a word": (lambda: f4.clip_singular_values(K, (4, 4), "one"), "maximum must be a number or a scalar array, got 'one'"),
+    "clipping to a negative number": (lambda: f4.clip_singular_values(K, (4, 4), -1.0), "maximum must be a positive number, got -1.0"),
+    "a selection by number": (lambda: network.find({"kernel": K}, select=3), "select must be a glob, several, or a function of path and leaf, got 3"),
+    "a matrix of unknown inputs": (lambda: network.find({"DenseGeneral_0": {"kernel": K[0]}}), r"DenseGeneral_0/kernel: a kernel of shape \(3, 2, 4\) does not tell which of its axes are inputs: pass specs="),
+    "many convolutions or one matrix": (lambda: network.find({"a": {"kernel": np.ones((2, 3, 2, 4)), "bias": np.ones((2, 4))}}), "does not tell which of its axes are inputs"),
+    "negative curvatures": (lambda: robustness.curvature_radii(lambda x: x, np.ones((1, 2), np.float32), -1.0), "curvatures must not be negative"),
+    "negative margins": (lambda: robustness.lipschitz_radii(lambda x: x, np.ones((1, 2), np.float32), -1.0), "margins must not be negative"),
+    "an attack inwards": (lambda: robustness.attack(lambda x: x, jnp.ones((1, 2)), jnp.zeros(1, int), -1.0, key=KEY), "epsilon must not be negative"),
     "clipping without cropping, dilated": (lambda: f4.clip_singular_values(K, (4, 4), 1.0, f4.ConvSpec(padding="CIRCULAR", dilation=2), crop=False), "crop=False is for convolutions without dilation"),
     "another layer's Ryu state": (lambda: f4.heuristics.ryu_step(K, state(K)), "state must be a RyuState from ryu_init"),
     "another layer's Sedghi state": (lambda: f4.heuristics.sedghi_step(K, f4.heuristics.sedghi_init(K, (4, 4), key=KEY), (6, 6)), "this state belongs to another layer"),
@@ -112,3 +121,20 @@ def test_it_is_raised_while_tracing():
 def test_a_missing_argument_names_the_function():
     with pytest.raises(TypeError, match="estimate_tnn: missing a required argument: 'key'"):
         f4.estimate_tnn(jnp.ones((3, 3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "strict"), [("numpy_rank_promotion", "raise"), ("numpy_dtype_promotion", "strict")]
+)
+def test_a_strict_configuration_is_for_the_users_code(setting, strict):
+    """What is set to find mistakes in a training script finds none here, under differentiation either."""
+    kernel = jax.random.normal(jax.random.key(0), (2, 1, 2, 3))
+    w = jnp.ones((3, 3))
+    with getattr(jax, setting)(strict):
+        for method in ("weighted", "hybrid", "grid", "gram_conv"):
+            assert jnp.isfinite(jax.grad(lambda k, method=method: f4.bound(k, method=method))(kernel)).all()
+        assert f4.norm_interval(kernel, input_shape=(3, 3)).lower <= f4.norm_interval(kernel).upper
+        assert f4.exact_norm(f4.clip_singular_values(kernel, (4, 4), 1.0), (4, 4)) <= 1 + 1e-6
+        lipschitz.curvature(lambda x: jnp.sum(jnp.tanh(x @ w)), jnp.ones((1, 3)))
+        state = network.init({"kernel": kernel}, method="grid", key=jax.random.key(1))
+        jax.grad(lambda params: network.step(params, state)[0])({"kernel": kernel})

@@ -107,6 +107,16 @@ def test_attention_is_made_of_matrices():
         assert truth <= float(bounds[f"{name}/kernel"]) <= 1.01 * truth
 
 
+def test_a_bias_of_several_axes_tells_a_matrix():
+    layer, x = nn.DenseGeneral((4, 5), axis=(-2, -1), name="heads"), jnp.ones((1, 2, 3))
+    params = {"heads": layer.init(KEY, x)["params"], "conv": nn.Conv(3, (2, 2)).init(KEY, x[None])["params"]}
+    found = {layer.path: layer for layer in network.find(params)}
+    assert found["heads/kernel"].spec == network.Dense(-2)
+    assert found["conv/kernel"].spec == f4.ConvSpec()
+    truth = np.linalg.norm(np.reshape(params["heads"]["kernel"], (6, 20)), 2)
+    assert truth <= float(network.bounds(params, tuple(found.values()))["heads/kernel"]) <= 1.01 * truth
+
+
 def test_stacked_layers():
     kernel = jax.random.normal(KEY, (5, 3, 3, 2, 4))
     tree = {"layers": {"kernel": kernel}}

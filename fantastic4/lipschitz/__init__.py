@@ -27,6 +27,7 @@ from fantastic4.lipschitz.order import Step, first_order, second_order
 from fantastic4.lipschitz.register import register_rule
 from fantastic4.lipschitz.trace import Traced, trace
 from fantastic4.lipschitz.training import LipschitzState, init, step
+from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import round_up
 from fantastic4.tables import columns
 
@@ -94,6 +95,7 @@ def _first(outputs: Sequence[Signal], how: ByName) -> tuple[list[Node], list[Ste
     return nodes, steps, totals
 
 
+@usual_promotion
 def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     r"""A sound bound L of a function's Lipschitz constant: ‖f(x) - f(y)‖₂ ≤ L ‖x - y‖₂ for all x, y.
 
@@ -140,6 +142,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     return Bound(value, tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
 
 
+@usual_promotion
 def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
     """Lipschitz bounds of all margins ``z_i - z_j`` of a classifier's logits: tighter than √2 times the whole one.
 
@@ -206,6 +209,7 @@ class Curvature(NamedTuple):
         return jnp.maximum(self.lower, self.upper)
 
 
+@usual_promotion
 def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Curvature:
     r"""Sound bounds of the eigenvalues of the Hessian of a function, for all inputs: -m ≤ ∇²f ≤ M.
 
@@ -246,6 +250,7 @@ def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Cur
     return Curvature(composed, composed) if found is None else Curvature(*(jnp.minimum(f, composed) for f in found))
 
 
+@usual_promotion
 def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
     """The lower bounds m_ij of the Hessians of all margins ``z_i - z_j`` of a classifier: ``∇²(z_i - z_j) ≥ -m_ij``.
 

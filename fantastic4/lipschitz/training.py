@@ -19,6 +19,7 @@ from fantastic4.lipschitz.graph import reachable
 from fantastic4.lipschitz.numbers import HasNorm, Numbers
 from fantastic4.lipschitz.order import first_order
 from fantastic4.lipschitz.trace import Traced, trace
+from fantastic4.promotion import usual_promotion
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +56,7 @@ def _total(traced: Traced, how: Numbers) -> Array:
     return how.root_sum_squares(totals) if totals else jnp.zeros((), traced.dtype)
 
 
+@usual_promotion
 def init(fn: Callable[..., Any], x: Any, *, key: Array, method: str = "four", warmup: int = 20) -> LipschitzState:
     """A start for `step`.
 
@@ -84,6 +86,7 @@ def init(fn: Callable[..., Any], x: Any, *, key: Array, method: str = "four", wa
     return LipschitzState(tuple(states))
 
 
+@usual_promotion
 def step(fn: Callable[..., Any], x: Any, state: LipschitzState) -> tuple[Array, LipschitzState]:
     """An estimate of `fantastic4.lipschitz.bound` for a train step, and the new state.
 
