@@ -24,6 +24,7 @@ _CELLS = 2048  # at first
 _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
+_NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
 
 
 def _check_continuous(expr: Expr) -> None:
@@ -62,6 +63,9 @@ def _search(expr: Expr, order: int, far: float | None = None) -> float:
         if above == math.inf or not len(cells.lo):
             break
         bound = jet(expr, cells)[order].largest()
+        if np.any((bound == math.inf) & (cells.hi - cells.lo < _NARROW)):
+            above = math.inf
+            break
         middle = (cells.lo + cells.hi) / 2
         at = jet(expr, Interval(middle, middle))[order].smallest()
         seen = max(seen, float(np.max(np.where(np.isfinite(at), at, 0.0))))
