@@ -47,6 +47,16 @@ def round_up(x: Array, operations: int) -> Array:
     return x * jnp.asarray(1 + 2 * (operations + 2) * u, x.dtype)
 
 
+def product_up(first: Array, *rest: Array) -> Array:
+    """A product of numbers ≥ 0, not rounded down: what vanishes below the smallest float has not become 0."""
+    tiny = jnp.finfo(first.dtype).tiny
+    for factor in rest:
+        product = round_up(first * factor, 2)
+        vanished = (first > 0) & (factor > 0) & (product < tiny)
+        first = jnp.where(vanished, 2 * tiny, product)
+    return first
+
+
 def constant_up(value: float, dtype: DTypeLike) -> np.ndarray:
     """The smallest float of ``dtype`` that is not below the Python float ``value``, a few units up."""
     kind = np.dtype(dtype).type

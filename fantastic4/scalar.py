@@ -24,6 +24,7 @@ _CELLS = 2048  # at first
 _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
+_BLUR = 1e-5  # of the largest slope: more may hide a jump
 _NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
 
 
@@ -84,22 +85,32 @@ def _search(expr: Expr, order: int, far: float | None = None) -> float:
 def _check_smooth(expr: Expr) -> None:
     """F' is the same on both sides of each place where an absolute value, a maximum or a selection changes over.
 
-    One float to either side of it: intervals that do not meet are a jump. Where the place itself is not a float, f'' is
-    unbounded on the interval around it, and `_search` says so.
+    One float to either side of it: intervals that do not meet are a jump, and those that are wide, where large slopes
+    cancel, may hide one. Where the place itself is not a float, f'' is unbounded on the interval around it, and
+    `_search` says so.
     """
-    for kink in _inner_kinks(expr):
+    places = _inner_kinks(expr)
+    if not places:
+        return
+    points = np.linspace(-BORDER, BORDER, _CELLS)
+    sizes = jet(expr, Interval(points, points)).slope.smallest()
+    steep = float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
+    for kink in places:
         left = jet(expr, Interval(np.array(math.nextafter(kink, -math.inf)), np.array(kink))).slope
         right = jet(expr, Interval(np.array(kink), np.array(math.nextafter(kink, math.inf)))).slope
         if not (left.lo <= right.hi and right.lo <= left.hi):
             raise ValueError(f"its slope jumps at {kink:.6g}: no bound of its curvature")
+        if left.hi - left.lo + right.hi - right.lo > _BLUR * steep:
+            raise ValueError(f"its slope is known too roughly at {kink:.6g} to see whether it jumps there")
 
 
 def _far_slopes(expr: Expr) -> tuple[float, float]:
     """An interval of f' beyond the border: it moves from its value there by no more than the integral of |f''|."""
     low, high = math.inf, -math.inf
     for sign in (1.0, -1.0):
-        end, border = tail(expr, sign), np.array(sign * BORDER)
-        at, moved = jet(expr, Interval(border, border)).slope, integral(end.bend)
+        ends = sorted((sign * BORDER, math.nextafter(sign * BORDER, sign * math.inf)))  # it may change over there
+        end = tail(expr, sign)
+        at, moved = jet(expr, Interval(*map(np.array, ends))).slope, integral(end.bend)
         size = sup(end.slope)
         low, high = min(low, max(float(at.lo) - moved, -size)), max(high, min(float(at.hi) + moved, size))
     return low, high

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fantastic4 import lipschitz
+from fantastic4 import lipschitz, robustness
 from fantastic4.scalar import Expr, X, extremes
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))
@@ -351,3 +351,53 @@ def test_what_vanishes_below_the_smallest_float_is_not_zero():
     assert float(lipschitz.bound(lambda x: jnp.tanh(x @ small) @ small, jnp.ones((1, 1))).value) > 1e-50
     net = lambda x: (jnp.tanh(jnp.tanh(x @ steep) @ small) @ small)[0, 0]
     assert float(lipschitz.curvature(net, jnp.ones((1, 1))).value) >= 7.6e-15
+
+
+TURNED = {
+    "constants that differ": lambda x: jnp.sum(jnp.array([1.0, 2.0, 3.0]) - jax.nn.softplus(x)),
+    "after a matrix": lambda x: jnp.sum(jnp.array([1.0, 2.0]) - jax.nn.softplus(x) @ np.abs(FIRST[:, :2])),
+    "inside a function": lambda x: jnp.sum(jax.nn.softplus(jnp.array([1.0, 0.0, -1.0]) - jax.nn.softplus(x))),
+    "twice": lambda x: jnp.sum(LAST - jax.nn.softplus(LAST - x @ FIRST) @ np.abs(FIRST)),
+}
+FIRST, LAST = np.random.default_rng(5).normal(size=(3, 3)), np.array([0.5, -0.5, 1.0])
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_what_is_subtracted_from_constants_is_bent_the_other_way(name, x64):
+    bound, low, high = assert_sound(lambda x: TURNED[name](x[0]), (1, 3), np.random.default_rng(SEED))
+    if name in ("constants that differ", "after a matrix"):
+        assert float(bound.upper) < 1e-5 < low
+
+
+def test_a_number_that_is_not_known_is_subtracted_from_under_jit():
+    bound = jax.jit(lambda b: lipschitz.curvature(lambda x: jnp.sum(b - jax.nn.softplus(x)), jnp.zeros(3)))(2.0)
+    assert float(bound.lower) >= 0.25 > 1e-5 > float(bound.upper)
+
+
+def test_a_radius_of_logits_subtracted_from_constants():
+    net = lambda x: jnp.array([3.0, 0.0]) - jax.nn.softplus(5 * x) @ jnp.array([[1.0, 0.0]])
+    x, other = jnp.array([[-0.5]]), jnp.array([[0.6]])
+    assert jnp.argmax(net(x)) != jnp.argmax(net(other))
+    assert robustness.curvature_radii(net, x, lipschitz.margin_curvatures(net, x))[0] < 1.1
+
+
+def test_scales_folded_into_a_layer_are_rounded():
+    """Each product of the matrix and a scale is rounded down."""
+    matrix, exact, scales = np.float32([[1.0, 1.25]]), np.array([1.0, 1.25]), []
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        tries = (1 + rng.uniform(-0.1, 0.1, (400, 2))).astype(np.float32)
+        off = (tries * matrix).astype(np.float64) / (tries.astype(np.float64) * matrix.astype(np.float64))
+        best = np.array([tries[off[:, i].argmin(), i] for i in range(2)])
+        scales.append(best)
+        matrix, exact = best * matrix, exact * best.astype(np.float64)
+
+    assert exact.sum() > float(matrix.astype(np.float64).sum()) * (1 + 2e-5)
+
+    def fn(x):
+        hidden = jax.nn.softplus(x) @ jnp.array([[1.0, 1.25]])
+        for scale in scales:
+            hidden = hidden * scale
+        return jnp.sum(hidden)
+
+    assert exact.sum() * 0.25 <= float(lipschitz.curvature(fn, jnp.zeros((1, 1))).upper)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -459,6 +460,42 @@ def softmax_of_stacked_constants(x):
     """exp(x₀) / (exp(x₀) + exp(-100)) and 1 / (exp(x₀) + exp(-100)): not a softmax."""
     stacked = jnp.stack([x, jnp.array([0.0, -100.0], x.dtype)])
     return jnp.exp(stacked[:, 0]) / jnp.sum(jnp.exp(jnp.stack([stacked[0, 0], stacked[1, 1]])))
+
+
+BIG = np.array([3e38, 2e38], np.float32)
+TINY = np.eye(2, dtype=np.float32) * np.float32(3e-20)
+VANISHING = {
+    "the reciprocals of constants": (lambda x: (x / BIG) * BIG, 1.0),
+    "the reciprocals of constants, brought back": (lambda x: x / BIG * np.float32(1e38) * np.float32(3), 1.0),
+    "a product of matrices": (lambda x: ((x @ TINY) @ TINY) * np.float32(1e38), 0.09),
+    "a number times constants": (
+        lambda x: (x @ np.eye(2, dtype=np.float32)) * 1e-30 * 1e-30 * np.float32([1e30, 9e29]) * 1e30, 1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_what_vanishes_on_the_way_is_not_lost(name):
+    fn, truth = VANISHING[name]
+    assert truth <= float(lipschitz.bound(fn, jnp.ones(2)).value)
+
+
+def test_constants_of_another_type_are_not_rounded_down(x64):
+    for numbers in ([25, 26], [31, 32], [41, 47], [49, 53]):
+        by = np.array(numbers, np.float32)
+        one = lipschitz.bound(lambda x, by=by: x.astype(jnp.float32) / by, jnp.ones(2)).value
+        two = lipschitz.bound(lambda x, by=by: (x @ np.eye(2)).astype(jnp.float32) / by, jnp.ones(2)).value
+        assert min(float(one), float(two)) >= Fraction(1, numbers[0])
+
+
+def test_choosing_between_comparisons_is_refused():
+    fn = lambda x: jnp.where(np.array([True, False]), x > 0, x < 1).astype(x.dtype)
+    with pytest.raises(lipschitz.UnboundedError, match="chooses between comparisons"):
+        lipschitz.bound(fn, jnp.ones(2))
+
+
+def test_the_largest_of_nothing():
+    assert 2**0.5 <= lipschitz.bound(lambda x: jnp.max(x[:0], initial=1.0) + x.sum(), jnp.ones(2)).value < 1.42
 
 
 def steep_far_out(x):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fantastic4.scalar import Expr, X, const, most_bent, steepest
+from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
 
 
 def op(name, *args, number=0.0):
@@ -115,6 +115,22 @@ def test_kinks_of_what_has_kinks_are_seen(name):
     assert np.abs(np.diff(np.diff(evaluate(expression, around)))) > 2**-23  # it is one
     with pytest.raises(ValueError, match=r"its slope jumps at|no finite bound"):
         most_bent(expression)
+
+
+@pytest.mark.parametrize(("large", "small"), [(1e9, 1e-8), (1e20, 1.0)])
+def test_slopes_that_cancel_hide_no_jump(large, small):
+    line = op("mul", large, X)
+    expression = op("sub", op("add", line, op("mul", small, op("max", X, 0))), line)
+    with pytest.raises(ValueError, match="too roughly at 0"):
+        most_bent(expression)
+
+
+@pytest.mark.parametrize("kink", [-40.0, 40.0])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_slopes_beyond_a_kink_at_the_border_count(kink, sign):
+    low, high = extremes(op("mul", sign, op("abs", op("sub", X, kink))), 1)
+    assert low <= -1
+    assert high >= 1
 
 
 def random_expression(rng, depth):

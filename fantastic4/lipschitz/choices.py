@@ -82,6 +82,8 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     number = uniform(by)
     if number is not None:
         return cases[int(number)]
+    if any(isinstance(c, Comparison) for c in cases):
+        return walk.refuse(eqn, "chooses between comparisons, and a choice by that may jump")
     signals = [c for c in cases if isinstance(c, Signal)]
     if is_known(by):
         # Which entry comes from where is known: entries move.

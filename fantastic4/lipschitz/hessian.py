@@ -84,7 +84,7 @@ def _back(node: Node, span: Span) -> list[Span]:
         positive, negative = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
         low = transposed(positive, span.low) + transposed(negative, span.high)
         high = transposed(positive, span.high) + transposed(negative, span.low)
-        terms = 2 * kernel.size // max(1, kernel.shape[-2]) + 4
+        terms = 2 * kernel.size // max(1, kernel.shape[-2]) + 4 + node.roundings
         error = transposed(jnp.abs(kernel), _size(span)) * (1.01 * gamma(terms, dtype))
         return [_widen(low - error, high + error, 2 * unit_roundoff(dtype))]
     if isinstance(node, Sum):
@@ -99,7 +99,7 @@ def _back(node: Node, span: Span) -> list[Span]:
     if isinstance(node, Scaled):
         by = jnp.broadcast_to(node.by, node.shape).astype(dtype)
         ends = span.low * by, span.high * by
-        return [_widen(jnp.minimum(*ends), jnp.maximum(*ends), 2 * unit_roundoff(dtype))]
+        return [_widen(jnp.minimum(*ends), jnp.maximum(*ends), 4 * unit_roundoff(dtype))]
     if isinstance(node, Fixed) and node.linear and node.apply is not None:
         (signal,) = node.inputs
         like = jax.ShapeDtypeStruct(signal.shape, dtype)

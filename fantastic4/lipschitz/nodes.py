@@ -19,7 +19,7 @@ from fantastic4.expression import X
 from fantastic4.interval import norm_interval
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
 from fantastic4.lipschitz.numbers import Numbers, slope
-from fantastic4.rounding import constant_up, gamma, round_up, unit_roundoff
+from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
 
 SILENT = "shift"
 """The operation of nodes that change no constant: no row is written for them."""
@@ -171,6 +171,7 @@ class Linear(Node):
       spec: of a convolution; None for matrices.
       features: which axes of the shape the last axis of the kernel is, in order.
       lost: what rounding has taken from the norm while scales were folded into the kernel.
+      roundings: how many there were of every entry meanwhile.
       factors: the kernel before the last scale was folded into it, and that scale, one number for each output.
       apply: the linear map itself, of a kernel and an array of the input's shape.
     """
@@ -179,6 +180,7 @@ class Linear(Node):
     spec: ConvSpec | None = None
     features: tuple[int, ...] = ()
     lost: Array | float = 0.0
+    roundings: int = 0
     factors: tuple[Array, Array] | None = None
     apply: Callable[[Array, Array], Array] | None = None
 
@@ -230,12 +232,19 @@ class Linear(Node):
         columns = jnp.broadcast_to(by, [n if a in self.features else 1 for a, n in enumerate(self.shape)])
         columns = columns.reshape(sizes).reshape(-1).astype(self.kernel.dtype)
         new = dataclasses.replace(self, kernel=self.kernel * columns, factors=(self.kernel, columns))
-        # An entry is off by a few roundings, and by less than the smallest float where it vanishes.
+        # An entry is off by a few roundings, and by less than the smallest float where it, or its scale, vanishes.
         largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
         u = 8.1 * unit_roundoff(self.kernel.dtype)
-        tiny = float(jnp.finfo(self.kernel.dtype).tiny) * self.kernel.size
-        new.lost = round_up(largest * self.lost + constant_up(u, new.kernel.dtype) * new._size() + tiny, 6)
+        tiny = float(jnp.finfo(self.kernel.dtype).tiny)
+        vanished = tiny * self.kernel.size + product_up(jnp.asarray(tiny, self.kernel.dtype), self._size())
+        new.lost = round_up(largest * self.lost + constant_up(u, new.kernel.dtype) * new._size() + vanished, 6)
+        new.roundings = self.roundings + 9
         return new
+
+    def negated(self) -> Linear:
+        """Its negative, exactly."""
+        factors = None if self.factors is None else (self.factors[0], -self.factors[1])
+        return dataclasses.replace(self, kernel=-self.kernel, factors=factors)
 
     def after(self, first: Linear) -> Linear | None:
         """This matrix applied to the outputs of another, as one matrix, where that costs no more than its norm."""
@@ -248,9 +257,15 @@ class Linear(Node):
         product = jnp.matmul(first.kernel[0], self.kernel[0], precision=lax.Precision.HIGHEST)[None]
         new = dataclasses.replace(self, kernel=product, factors=None, inputs=first.inputs)
         one, two = first._size(), self._size()
-        error = gamma(first.kernel.shape[2] + 2, product.dtype)
-        lost = error * one * two + first.lost * two + one * self.lost + first.lost * self.lost
-        new.lost = round_up(jnp.asarray(lost), 12)
+        error, before, behind = (
+            jnp.asarray(x, product.dtype)
+            for x in (gamma(first.kernel.shape[2] + 2, product.dtype), first.lost, self.lost)
+        )
+        lost = product_up(error, one, two) + product_up(before, two) + product_up(one, behind)
+        # Products of entries may vanish, each of less than the smallest float.
+        vanished = float(jnp.finfo(product.dtype).tiny) * first.kernel.shape[2] * product.size
+        new.lost = round_up(lost + product_up(before, behind) + vanished, 6)
+        new.roundings = 0
         new.apply = None
         return new
 

@@ -16,7 +16,7 @@ from fantastic4.conv import ConvSpec
 from fantastic4.expression import Expr, affine, slopes
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
-from fantastic4.rounding import round_up
+from fantastic4.rounding import product_up, round_up
 from fantastic4.scalar import most_bent, steepest
 
 T = TypeVar("T")
@@ -86,13 +86,7 @@ class Numbers:
 
     def times(self, *factors: Array | float) -> Array:
         """A product, rounded up."""
-        first, *rest = [self.up(f) if isinstance(f, float | int) else f for f in factors]
-        for factor in rest:
-            product = round_up(first * factor, 2)
-            # What vanished below the smallest float has not become 0.
-            vanished = (first > 0) & (factor > 0) & (product < jnp.finfo(self.dtype).tiny)
-            first = jnp.where(vanished, 2 * jnp.finfo(self.dtype).tiny, product)
-        return first
+        return product_up(*(self.up(f) if isinstance(f, float | int) else f for f in factors))
 
     def sum(self, terms: Sequence[Array]) -> Array:
         """A sum, rounded up."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend import core
 
 from fantastic4.expression import Expr, affine, const
@@ -84,18 +85,24 @@ def _plain_linear(signal: Signal) -> tuple[Linear, Fraction] | None:
 def _shifted(signal: Signal, label: Label) -> Signal:
     """A signal plus constants that differ from entry to entry."""
     found = _plain_linear(signal)
-    if found is not None and found[1] == 1:
-        return whole(found[0].shifted(label))
+    if found is not None and abs(found[1]) == 1:
+        return whole((found[0] if found[1] == 1 else found[0].negated()).shifted(label))
     name = dataclasses.replace(label, operation="shift")
     return whole(Fixed(name, signal.shape, (signal,), linear=True, apply=lambda x: x))
 
 
+def _wide(x: Any) -> Array:
+    """Constants in the widest type there is: what is done with them is rounded."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
-    by = jnp.asarray(by)
-    by = by.astype(jnp.promote_types(by.dtype, jnp.float32))  # a product of half precision would be rounded
+    by = _wide(by)
     found = _plain_linear(signal)
-    if found is not None and by.ndim == len(signal.shape):
+    # A number that is no float of the constants' type stays apart.
+    if found is not None and by.ndim == len(signal.shape) and 1e-30 < abs(found[1]) < 1e30:
         scaled = found[0].scaled(by * float(found[1]), label)
         if scaled is not None:
             return whole(scaled)
@@ -120,6 +127,8 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if number is not None and math.isfinite(number):
         left, right = (signal.expr, const(number)) if isinstance(a, Signal) else (const(number), signal.expr)
         return scalar(signal, Expr(op, (left, right)), label)
+    if op == "sub" and isinstance(b, Signal):
+        signal = scalar(signal, Expr("neg", (signal.expr,)), label)
     return _shifted(signal, label)
 
 
@@ -170,8 +179,10 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return scalar(a, Expr("div", (a.expr, const(number))), label)
     if number == 0:
         return walk.refuse(eqn, "divides by zero")
-    b = jnp.asarray(b)
-    return _times(a, 1 / b.astype(jnp.promote_types(b.dtype, jnp.float32)), label)
+    b = _wide(b)
+    over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
+    vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)
+    return _times(a, jnp.where(vanished, jnp.copysign(tiny, b), over), label)
 
 
 @rule("max", "min")

@@ -65,6 +65,8 @@ def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,), axes = operands, tuple(eqn.params["axes"])
     op, shape = eqn.primitive.name, out_shape(eqn)
     count = math.prod(signal.shape[a] for a in axes)
+    if count == 0:
+        return jnp.full(shape, -jnp.inf if op == "reduce_max" else jnp.inf)
     if count < 2:
         return reshaped(signal, shape)
     # Sorting stretches nothing, and the largest and the smallest are two entries of what is sorted.
