@@ -208,13 +208,94 @@ def test_a_network_called_twice_is_one_network():
     np.testing.assert_allclose(float(twice.upper), matrix[1, 0], rtol=1e-4)
 
 
+ACTIVATIONS = [jax.nn.softplus, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.sin]
+
+
+def random_graph(rng, n=4):
+    """A random number of vectors of ``n`` entries, each made of those before it."""
+    matrix, vector, cube = rng.normal(size=(n, n)), rng.normal(size=n), rng.normal(size=(2, n // 2, n))
+    number, places, act = float(rng.normal()), rng.integers(0, n, n), ACTIVATIONS[rng.integers(6)]
+    far = vector + np.copysign(0.5, vector)
+    one = {
+        "activation": act,
+        "wide activation": lambda x: act(number * x),
+        "matrix": lambda x: x @ matrix,
+        "positive matrix": lambda x: x @ np.abs(matrix),
+        "contraction": lambda x: jnp.tensordot(x.reshape(2, n // 2), np.moveaxis(cube, 0, 1), ((1, 0), (0, 1))),
+        "from constants": lambda x: vector - x,
+        "from a number": lambda x: number - x,
+        "shift": lambda x: x + vector,
+        "scale": lambda x: x * vector,
+        "division": lambda x: x / far,
+        "places": lambda x: x[places],
+        "columns": lambda x: x.reshape(2, n // 2).ravel(order="F"),
+        "centre": lambda x: x - x.mean(),
+        "level": lambda x: x.sum() + x,
+        "cumsum": jnp.cumsum,
+        "pad": lambda x: jnp.pad(x, (1, 0), constant_values=number)[:n],
+        "stack": lambda x: jnp.stack([x, vector]).ravel()[::2],
+        "mask": lambda x: jnp.where(vector > 0, x, number),
+    }
+    two = {
+        "sum": lambda x, y: x + y,
+        "difference": lambda x, y: x - y,
+        "beside": lambda x, y: jnp.concatenate([x[: n // 2], y[n // 2 :]]),
+        "mixed": lambda x, y: jnp.where(vector > 0, x, y),
+    }
+    name = str(rng.choice([*one, *two]))
+    return name, one.get(name), two.get(name)
+
+
+def random_function(rng, n=4):
+    """Operations of a `random_graph` in a row, summed up."""
+    steps = [(*random_graph(rng, n), *rng.integers(0, 3, 2)) for _ in range(rng.integers(3, 9))]
+    last = rng.normal(size=n)
+
+    def fn(x):
+        known = [x[0]]
+        for _, one, two, i, j in steps:
+            near, far = known[-1 - i % len(known)], known[-1 - j % len(known)]
+            known.append(one(near) if two is None else two(near, far))
+        return known[-1] @ last
+
+    return " → ".join(name for name, *_ in steps), fn
+
+
+def check_random_functions(numbers):
+    """How many had a bound."""
+    bounded = 0
+    for number in numbers:
+        rng = np.random.default_rng([SEED, number])
+        text, fn = random_function(rng)
+        try:
+            assert_sound(fn, (1, 4), rng)
+            bounded += 1
+        except lipschitz.UnboundedError:
+            continue
+        except AssertionError as error:
+            raise AssertionError(f"seed {SEED}, function {number}: {text}: {error}") from error
+    return bounded
+
+
+def test_random_functions_are_never_below_what_search_finds(x64):
+    assert check_random_functions(range(2 * CASES)) > CASES
+
+
+@pytest.mark.fuzz
+def test_many_random_functions(x64):
+    for start in range(0, 50 * CASES, 50):
+        check_random_functions(range(start, start + 50))
+        jax.clear_caches()
+
+
 def random_net(rng):
     n, depth = int(rng.integers(2, 5)), int(rng.integers(1, 4))
-    acts = [jax.nn.softplus, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.sin]
     width, layers = n, []
     for _ in range(depth):
         new = int(rng.integers(2, 6))
-        layers.append((weights(rng, width, new) * rng.uniform(0.3, 2), weights(rng, 1, new), acts[rng.integers(6)]))
+        layers.append(
+            (weights(rng, width, new) * rng.uniform(0.3, 2), weights(rng, 1, new), ACTIVATIONS[rng.integers(6)])
+        )
         width = new
     last, kind = weights(rng, width, 1), rng.integers(3)
 
