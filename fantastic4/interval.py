@@ -121,9 +121,8 @@ def norm_interval(
             lower, upper = _every_size(scaled, spec, rtol, max_tests, mesh)
         else:
             lower, upper = _one_size(scaled, spec, shape, rtol, max_tests, mesh)
-    return Interval(
-        _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf), bool(upper <= (1 + wanted) * lower * _UP)
-    )
+    lower, upper = _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf)
+    return Interval(lower, upper, bool(upper <= (1 + wanted) * lower * _UP))
 
 
 def _scaled(value: float, exponent: int, outward: float) -> float:

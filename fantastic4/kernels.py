@@ -123,27 +123,41 @@ def _matches(select: Select, path: str, leaf: Any) -> bool:
     return any(fnmatch.fnmatchcase(path, glob) for glob in ([select] if isinstance(select, str) else select))
 
 
-def _guess(words: tuple[str, ...], shape: tuple[int, ...], bias: tuple[int, ...]) -> Spec | None:
-    """What a leaf is by its name, its shape and that of the bias beside it; None for no kernel.
+Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
+
+
+def _is_attention(module: tuple[str, ...], shapes: Shapes) -> bool:
+    """Whether a module has all four projections of Flax's attention, in shapes that go together."""
+    query, key, value, out = (shapes.get((*module, name, "kernel"), ()) for name in _ATTENTION)
+    bias = shapes.get((*module, "query", "bias"), query[1:])
+    return len(query) == len(out) == 3 and query[1:] == key[1:] == value[1:] == out[:2] == bias
+
+
+def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
+    """What a leaf is by its name, its shape and its neighbours; None for no kernel.
 
     Raises:
-      ValueError: a layer that is no convolution by its name, whose inputs are any number of axes.
+      ValueError: a layer that is no convolution by its name.
     """
+    shape = shapes[words]
     if words[-1] not in _NAMES or not 2 <= len(shape) <= 5 or 0 in shape:
         return None
     if len(shape) == 2:
         return Dense()
     parent = words[-2] if len(words) > 1 else ""
-    if len(shape) == 3 and words[-1] == "kernel" and parent in _ATTENTION:
+    if parent in _ATTENTION and _is_attention(words[:-2], shapes):
         return Dense(_ATTENTION[parent])
+    path, bias = "/".join(words), shapes.get((*words[:-1], "bias"), ())
+    if parent.startswith("ConvLocal"):
+        raise ValueError(f"{path}: ConvLocal has a kernel for every pixel, whose norm is not known: select others")
     # A convolution's bias has one axis: one of several is that of a matrix, or of many convolutions side by side.
     matrix = words[-1] == "kernel" and 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias
     if matrix and (len(bias) == len(shape) - 1 or bias[0] != shape[0]):
         return Dense(-len(bias))
     if matrix or parent.startswith(_MATRICES):
         raise ValueError(
-            f"{'/'.join(words)}: a kernel of shape {shape} does not tell which of its axes are inputs: pass "
-            f"specs={{{'/'.join(words)!r}: network.Dense(inputs=1)}}, or with as many as there are"
+            f"{path}: a kernel of shape {shape} does not tell which of its axes are inputs: pass "
+            f"specs={{{path!r}: network.Dense(inputs=1)}}, or with as many as there are"
         )
     return ConvSpec()
 
@@ -170,8 +184,8 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
       A `Layer` each, in the order of the tree.
 
     Raises:
-      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known; a spec for a path that does not
-        exist, or that does not fit its kernel.
+      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known, or of a ``ConvLocal``; two leaves of
+        one path; a spec for a path that does not exist, or that does not fit its kernel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -192,9 +206,11 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         unused -= set(fits)
         if select is not None and not _matches(select, path, leaf):
             continue
-        spec = specs[given] if given is not None else _guess(words, leaf.shape, shapes.get((*words[:-1], "bias"), ()))
+        spec = specs[given] if given is not None else _guess(words, shapes)
         if spec is None:
             continue
+        if seen.count(path) > 1:
+            raise ValueError(f"two leaves of this tree have the path {path!r}: name one of them without '/'")
         layer = Layer(path, tuple(leaf.shape), spec, words[-1] == "weight")
         _check(layer)
         layers.append(layer)

@@ -43,9 +43,11 @@ def weighted(kernels: Array) -> Array:
     See `fantastic4.unfolding.weights`. The weights are constants in the gradient, which they may be: any are sound.
     """
     constant = lax.stop_gradient(kernels)
-    _, inverse = power_of_two(jnp.max(jnp.abs(constant), initial=0))
+    # Weights of a row and of a column may be large, both.
+    scale, inverse = power_of_two(jnp.max(jnp.abs(constant), initial=0))
     scaling = unfolding.weights(unfolding.tap_squares(constant * inverse), POWERS)
-    pairs = unfolding.certified_pairs(constant, scaling)
+    pairs = unfolding.certified_pairs(constant * inverse, scaling)
+    pairs = pairs._replace(values=pairs.values * scale)
     # A factor is a product of two norms of a few numbers, each from squares and reciprocals.
     factors = round_up(scaling.factor, 2 * math.prod(kernels.shape[1:-2]) + 24)
     # Scaling a tap may flush its subnormals before anyone can find them.

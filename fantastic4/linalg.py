@@ -26,7 +26,20 @@ def real_array(x: Array | np.ndarray, name: str) -> Array:
         raise ValueError(f"{name} must be one array, got {type(x).__name__}: jnp.asarray makes one")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}: cast it with .astype(jnp.float32)")
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    return widened(jnp.asarray(x))
+
+
+def widened(x: Array) -> Array:
+    """``x`` in float32 or wider, the numbers that its own type holds.
+
+    Rounded to them once more: of a sum that is made in half precision in the same program XLA may keep more digits, and
+    drop both conversions.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if wide == x.dtype:
+        return x
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant).astype(wide)
 
 
 def all_finite(x: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -25,7 +26,7 @@ from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
 from fantastic4.promotion import usual_promotion
 
-_TRIES = 8  # rounds until rounding no longer lifts a projected kernel above its limit; two are usual
+_TRIES = 10  # rounds until rounding no longer lifts a projected kernel above its limit; two are usual
 
 
 class PenaltyState(NamedTuple):
@@ -137,7 +138,8 @@ def project_spectral_norm(
 
     The projection of Gouk et al. (2021), by a bound that is sound for the convolution where theirs is an estimate.
     After every projection ``fantastic4.bound(kernel, spec, method=method)`` of what ``optax.apply_updates`` makes is
-    at most ``maximum``: the very floats are checked, in half precision too. So it must be last in its chain.
+    at most ``maximum``: the very floats are checked, in half precision too. So it must be last in its chain. Updates
+    narrower than their params come out in the params' type.
 
     Args:
       maximum: the limit, a positive number.
@@ -165,32 +167,36 @@ def project_spectral_norm(
     _positive("maximum", maximum)
 
     def project(layer: Layer, old: Array, given: Array) -> Array:
-        limit = jnp.asarray(maximum, jnp.promote_types(old.dtype, jnp.float32))
+        limit = _not_above(maximum, jnp.promote_types(old.dtype, jnp.float32))
         wide = jnp.promote_types(limit.dtype, given.dtype)
         new = old.astype(wide) + given.astype(wide)
+
+        def of_layers(x: Array) -> Array:
+            return x.reshape(x.shape + (1,) * (new.ndim - x.ndim))
 
         def bound_after(update: Array) -> Array:
             after = optax.apply_updates(old, update)
             return network.bounds({layer.path: after}, [layer], method=method)[layer.path].astype(wide)
 
-        def too_large(carry: tuple[Array, Array, Array, Array]) -> Array:
-            return jnp.any(carry[2] > limit) & (carry[3] < _TRIES)
+        def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+            return jnp.any(carry[2]) & (carry[3] <= _TRIES)
 
         def shrink(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            scale, _, now, tries = carry
+            scale, update, _, tries = carry
+            now = bound_after(update)
+            above = now > limit
             # More of a margin at each try, for rounding may lift it above the limit again.
             ratio = limit / now * jnp.maximum(1 - 2 * jnp.finfo(old.dtype).eps * 4.0**tries, 0)
-            scale = jnp.where(now > limit, scale * ratio, scale)
-            scaled = new * scale.reshape(scale.shape + (1,) * (new.ndim - scale.ndim))
-            update = (scaled - old.astype(wide)).astype(given.dtype)
-            return scale, update, bound_after(update), tries + 1
+            scale = jnp.where(above, scale * ratio, scale)
+            shrunk = (new * of_layers(scale) - old.astype(wide)).astype(given.dtype)
+            return scale, jnp.where(of_layers(above), shrunk, update), above, tries + 1
 
-        # The update is carried, not computed again: what was checked is what is applied, bit for bit.
-        first = bound_after(given)
-        carry = (jnp.ones_like(first), given, first, jnp.zeros((), jnp.int32))
-        _, update, last, _ = lax.while_loop(too_large, shrink, carry)
-        failed = jnp.any(last > limit)
-        return jnp.where(failed, -old.astype(given.dtype), update)
+        # The update that is checked is the loop's own, and lies in memory: computed beside its check, as by a learning
+        # rate times a gradient, it might be rounded otherwise there.
+        ones = jnp.ones(jax.eval_shape(bound_after, given).shape, wide)
+        carry = (ones, given, ones > 0, jnp.zeros((), jnp.int32))
+        _, update, above, _ = lax.while_loop(unfinished, shrink, carry)
+        return jnp.where(of_layers(above), -old.astype(given.dtype), update)
 
     return _projection(project, every, lambda params: network.find(params, select=select, specs=specs))
 
@@ -269,6 +275,16 @@ def _positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
+def _not_above(maximum: float | Array, dtype: Any) -> Array:
+    """A limit in another type, not rounded up."""
+    if isinstance(maximum, jax.core.Tracer):
+        cast = maximum.astype(dtype)
+        return jnp.where(cast > maximum, jnp.nextafter(cast, jnp.zeros_like(cast)), cast)
+    kind = np.dtype(dtype).type
+    nearest = kind(maximum)
+    return jnp.asarray(np.nextafter(nearest, kind(0)) if float(nearest) > float(maximum) else nearest)
+
+
 def _projection(
     project: Callable[[Layer, Array, Array], Array],
     every: int,
@@ -293,6 +309,8 @@ def _projection(
         layers = find(_given(params))
         old = network.leaves_at(params, layers)
         given = network.leaves_at(updates, layers, "the layers of these params")
+        # In narrower updates no kernel could be brought to where it must be.
+        given = {path: x.astype(jnp.promote_types(x.dtype, old[path].dtype)) for path, x in given.items()}
         counted = optax.safe_increment(state.updates)
 
         def projected(old: dict[str, Array], given: dict[str, Array]) -> dict[str, Array]:

@@ -378,3 +378,16 @@ def test_a_nan_among_thousands_is_not_lost():
     assert np.isnan(
         f4.step(groups, start(np.nan_to_num(groups), f4.ConvSpec(groups=4096)), f4.ConvSpec(groups=4096))[0].t
     )
+
+
+@pytest.mark.parametrize("method", ["four", "weighted", "hybrid", "grid", "gram", "gram_conv"])
+def test_a_sum_in_half_precision_is_bounded_as_it_is_stored(method):
+    """XLA may drop both conversions, and have a bound of the sum that was never rounded."""
+
+    @jax.jit
+    def sum_and_bound(a, b):
+        return a + b, f4.bound(a + b, method=method)
+
+    one, little = (jnp.full((1, 1, 1, 1), x, jnp.bfloat16) for x in (1.0, 0.0045))
+    stored, bound = sum_and_bound(one, little)
+    assert float(bound) >= float(stored.ravel()[0]) == 1.0078125

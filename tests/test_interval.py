@@ -330,3 +330,9 @@ def test_a_threshold_within_the_rounding_certifies_nothing():
     with jax.enable_x64(True):
         enclosure = Enclosure(jnp.zeros((1, 3, 3, 2, 2)) + 1e-3)
         assert enclosure.exceeding((8, 8), symbol.half_grid((8, 8)), 0.5 * enclosure.gram_slack).all()
+
+
+@pytest.mark.parametrize("entry", [1.7e308, 5e-324])
+def test_ends_at_the_end_of_the_floats_are_not_reached(entry):
+    found = f4.norm_interval(np.full((1, 1, 2, 2), entry))
+    assert found.reached == (found.upper <= (1 + 1e-3) * found.lower)

@@ -184,6 +184,14 @@ def test_extreme_scales_and_zero(method):
         assert np.isnan(value_and_grad(jnp.asarray(kernel).at[0, 0, 0, 0].set(bad))[0])
 
 
+def test_weights_of_large_kernels_do_not_overflow():
+    taps = np.zeros((3, 3, 1, 1), np.float32)
+    taps[0, 0], taps[1, 1], taps[2, 2] = 1e36, 1e30, 1e30
+    large, small = (float(f4.bound(jnp.asarray(k), method="weighted")) for k in (taps, taps / 2.0**20))
+    np.testing.assert_allclose(large, small * 2.0**20, rtol=1e-6)
+    assert large >= 1e36
+
+
 def test_the_slack_of_a_convolutional_gram_matrix_is_needed(monkeypatch):
     """The worst arithmetic that the model allows: every sum of products too small by γ of its absolute values."""
     kernel = jnp.ones((1, 3, 3, 1, 64))  # its bound is exact: 9 · √64

@@ -107,6 +107,21 @@ def test_attention_is_made_of_matrices():
         assert truth <= float(bounds[f"{name}/kernel"]) <= 1.01 * truth
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "out"])
+def test_a_convolution_of_a_name_in_attention_is_none_of_its_matrices(name):
+    params = {name: {"kernel": jnp.zeros((3, 2, 2)).at[:, 0, 0].set(1.0), "bias": jnp.zeros(2)}}
+    (layer,) = network.find(params)
+    assert network.bounds(params, (layer,))[layer.path] >= 3
+
+
+def test_what_is_not_known_by_its_name_is_refused():
+    with pytest.raises(ValueError, match="two leaves of this tree have the path 'a/b/w'"):
+        network.find({"a": {"b": {"w": jnp.eye(2) * 5}}, "a/b": {"w": jnp.eye(2)}})
+    local = nn.ConvLocal(3, (3,), padding="VALID").init(KEY, jnp.ones((1, 5, 1)))["params"]
+    with pytest.raises(ValueError, match="ConvLocal has a kernel for every pixel"):
+        network.find({"ConvLocal_0": local})
+
+
 def test_a_bias_of_several_axes_tells_a_matrix():
     layer, x = nn.DenseGeneral((4, 5), axis=(-2, -1), name="heads"), jnp.ones((1, 2, 3))
     params = {"heads": layer.init(KEY, x)["params"], "conv": nn.Conv(3, (2, 2)).init(KEY, x[None])["params"]}

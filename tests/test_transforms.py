@@ -243,3 +243,60 @@ def test_clipping_calls_lapack_one_after_the_other():
         if "svd" in str(equation) or inputs & derived:
             derived |= {id(v) for v in equation.outvars}
     assert len(calls) >= 2
+
+
+def project_once(params, updates, limit, jit=False):
+    tx = transforms.project_spectral_norm(limit)
+    update = jax.jit(tx.update) if jit else tx.update
+    return optax.apply_updates(params, update(updates, tx.init(params), params)[0])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_sums_in_half_precision_are_checked_as_they_are_stored(jit):
+    """1 + 0.0045 is 1.0078125 in bfloat16: XLA may keep the sum itself for a bound of it."""
+    params = {"kernel": jnp.ones((1, 1, 1, 1), jnp.bfloat16)}
+    updates = {"kernel": jnp.full((1, 1, 1, 1), 0.0045, jnp.bfloat16)}
+    assert float(project_once(params, updates, 1.0055, jit)["kernel"].ravel()[0]) <= 1.0055
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrower_updates_reach_the_limit(dtype):
+    conv = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 8, 8))}
+    found = project_once(conv, {"kernel": jnp.zeros((3, 3, 8, 8), dtype)}, 0.01)
+    assert 0.0099 < float(f4.bound(found["kernel"])) <= 0.01
+    dense = {"kernel": jnp.full((2, 2), 1e5)}
+    assert 0.9 < np.linalg.norm(project_once(dense, {"kernel": jnp.zeros((2, 2), dtype)}, 1.0)["kernel"], 2) <= 1
+
+
+def test_an_update_is_checked_as_it_is_rounded():
+    """p - lr g in one rounding lies below p + (-lr g) in two."""
+    norm = jax.jit(f4.dense.bound)
+    p, g, lr = np.float32(1.3658593), np.float32(0.40995896), 0.1
+    limit = norm(jnp.full((1, 1), np.float32(float(p) + float(np.float32(-lr)) * float(g))))
+    params = {"kernel": jnp.full((1, 1), p)}
+    assert float(norm(jnp.full((1, 1), p + np.float32(-lr) * g))) > float(limit)
+
+    @jax.jit
+    def update(params, gradient, limit):
+        tx = optax.chain(optax.sgd(lr), transforms.project_spectral_norm(limit))
+        return tx.update(gradient, tx.init(params), params)[0]
+
+    updates = update(params, {"kernel": jnp.full((1, 1), g)}, limit)
+    assert float(norm(optax.apply_updates(params, updates)["kernel"])) <= float(limit)
+
+
+def test_a_limit_is_not_rounded_up():
+    near = jnp.asarray(np.float32(0.1) - np.arange(500) * np.float32(7.45e-9))[:, None, None]
+    bounds = jax.vmap(f4.dense.bound)(near)
+    at = int(np.nonzero(np.asarray(bounds) == np.float32(0.1))[0][0])  # which is above 0.1
+    found = project_once({"kernel": near[at]}, {"kernel": jnp.zeros((1, 1))}, 0.1)
+    assert float(f4.dense.bound(found["kernel"])) <= 0.1
+
+
+def test_a_layer_within_its_limit_is_left_alone_beside_another():
+    stacked = {"layers": {"kernel": jnp.stack([1e-4 * jnp.eye(3), 1e30 * jnp.ones((3, 3))])}}
+    tx = transforms.project_spectral_norm(1e-3, specs={"layers/kernel": network.Stacked(network.Dense())})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, stacked), tx.init(stacked), stacked)
+    found = optax.apply_updates(stacked, updates)["layers"]["kernel"]
+    np.testing.assert_array_equal(found[0], stacked["layers"]["kernel"][0])
+    assert np.linalg.norm(found[1], 2) <= 1e-3

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend import core
 
 from fantastic4.conv import ConvSpec
+from fantastic4.linalg import widened
 from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
@@ -38,7 +39,7 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     together = jnp.transpose(matrix, (*batched, *contracted, *free)).reshape(
         math.prod(matrix.shape[a] for a in batched), math.prod(matrix.shape[a] for a in contracted), math.prod(sizes)
     )
-    together = together.astype(jnp.promote_types(together.dtype, jnp.float32))
+    together = widened(together)
     count = len(shape) - len(batched) - len(sizes)  # free axes of the signal
     start = len(batched) + (count if left_first else 0)
     # Two matrices in a row: the last axes of the first one's outputs are what the second contracts.
@@ -79,7 +80,7 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return walk.refuse(eqn, f"has {len(spatial)} spatial axes, and 1 to 3 are known: register a rule")
     kernel = jnp.asarray(kernel)
     arranged = jnp.transpose(kernel, (*spatial, inputs, output))
-    arranged = arranged.astype(jnp.promote_types(arranged.dtype, jnp.float32))
+    arranged = widened(arranged)
     dilated = any(d > 1 for d in p["lhs_dilation"])
     # Zero padding of any amount has the same bound; fewer outputs than stride 1 gives are some of its.
     spec = ConvSpec(

@@ -13,6 +13,7 @@ from jax import Array
 from jax.extend import core
 
 from fantastic4.expression import Expr, affine, const
+from fantastic4.linalg import widened
 from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import moved, reshaped
@@ -93,7 +94,7 @@ def _shifted(signal: Signal, label: Label) -> Signal:
 
 def _wide(x: Any) -> Array:
     """Constants in the widest type there is: what is done with them is rounded."""
-    x = jnp.asarray(x)
+    x = widened(jnp.asarray(x))
     return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
