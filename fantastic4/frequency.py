@@ -19,8 +19,8 @@ from jax import Array, lax
 from fantastic4 import unfolding
 from fantastic4.dense import frobenius_bound
 from fantastic4.linalg import HIGHEST, generic, map_rows, with_pairs
-from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm, unit_roundoff
-from fantastic4.symbol import CHUNK_BYTES, at_once, half_grid, places, turns
+from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
+from fantastic4.symbol import CHUNK_BYTES, at_once, half_grid, phase_error, places, turns
 
 
 def grid_factor(taps: tuple[int, ...], sizes: tuple[int, ...]) -> float:
@@ -95,10 +95,11 @@ def certified_top(kernels: Array, fourier: unfolding.Axes, size: int | tuple[int
     moved = jnp.transpose(kernels, [a % kernels.ndim for a in order]).reshape(batch, -1, *left_over, c_in, c_out)
     count = moved.shape[1]
     # Entries are sums over the transformed taps; cos and sin are right to a unit, of phases that float64 rounds.
-    phase = (32 + 32 * sum(taps)) * unit_roundoff(np.float64)
     every = jnp.sum(jnp.abs(moved), axis=1)
     lost = jax.vmap(lambda k: frobenius_bound(k.reshape(-1, c_out)))(every)
-    lost = lost * constant_up(1.01 * math.sqrt(2) * (gamma(2 * count + 6, kernels.dtype) + phase), kernels.dtype)
+    lost = lost * constant_up(
+        1.01 * math.sqrt(2) * (gamma(2 * count + 6, kernels.dtype) + phase_error(taps)), kernels.dtype
+    )
 
     def at(tables: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         cosine, sine = (jnp.tensordot(t, moved, (0, 1), precision=HIGHEST) for t in tables)

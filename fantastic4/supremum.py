@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from fantastic4 import symbol
 from fantastic4.devices import size, spread
 from fantastic4.linalg import HIGHEST, krylov_top
-from fantastic4.rounding import gamma, unit_roundoff
+from fantastic4.rounding import gamma
 
 _STEPS = 12  # of Lanczos
 
@@ -67,11 +67,10 @@ def _slack(taps: tuple[int, ...], c_in: int, c_out: int) -> _Slack:
     Cholesky (Higham 2002, Theorems 10.3 and 10.7, complex: γ_{2n+8} with a factor 3) is off by at most
     3 γ_{2n+8} tr(t I - G) ≤ 3 γ_{2n+8} n t.
     """
-    u = unit_roundoff(np.float64)
     g = partial(gamma, dtype=np.float64)
     count, half = math.prod(taps), len(symbol.lags(taps))
     n, m = sorted((c_in, c_out))
-    phase = (32 + 32 * sum(taps)) * u
+    phase = symbol.phase_error(taps)
     one_f = math.sqrt(2) * g(count + 2) + phase
     one_gram = 2 * g(2 * m + 4) + 2 * one_f
     coefficient = 2 * one_gram + 2 * (g(2 * half + 4) + phase)

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from fantastic4.linalg import HIGHEST, map_rows
+from fantastic4.rounding import unit_roundoff
 
 CHUNK_BYTES = 2**22  # of symbols in flight: larger arrays are slower to allocate than to fill
 CHUNK_ENTRIES = 2**18  # of Gram matrices in flight, likewise
@@ -185,6 +186,11 @@ def turns(points: np.ndarray, sizes: tuple[int, ...], at: np.ndarray) -> tuple[n
     steps = np.array([whole // n for n in sizes])
     angle = 2 * np.pi / whole * ((points * steps) @ at.T % whole)
     return np.cos(angle), np.sin(angle)
+
+
+def phase_error(taps: tuple[int, ...]) -> float:
+    """By how much e^{iω·t} of float64 angles may be off, for lags of these taps, reduced to a turn or not."""
+    return (32 + 32 * sum(taps)) * unit_roundoff(np.float64)
 
 
 def below(grams: Array, threshold: Array) -> Array:

@@ -21,7 +21,7 @@ from jax import Array, lax
 from fantastic4 import network
 from fantastic4.clipping import clip_singular_values
 from fantastic4.devices import on_any_mesh
-from fantastic4.entry import count, sizes
+from fantastic4.entry import count, positive, sizes
 from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
 from fantastic4.promotion import usual_promotion
@@ -164,7 +164,7 @@ def project_spectral_norm(
       >>> 0.999 <= float(f4.bound(optax.apply_updates(params, updates)["kernel"])) <= 1
       True
     """
-    _positive("maximum", maximum)
+    positive("maximum", maximum)
 
     def project(layer: Layer, old: Array, given: Array) -> Array:
         limit = _not_above(maximum, jnp.promote_types(old.dtype, jnp.float32))
@@ -238,7 +238,7 @@ def clip_spectrum(
       >>> round(float(f4.exact_norm(clipped, (8, 8))), 4)
       1.0
     """
-    _positive("maximum", maximum)
+    positive("maximum", maximum)
     shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in input_shapes.items()}
 
     def shape_of(layer: Layer) -> tuple[int, ...]:
@@ -268,11 +268,6 @@ def clip_spectrum(
         return (clipped - old).astype(given.dtype)
 
     return _projection(project, every, find, same=shape_of)
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def _not_above(maximum: float | Array, dtype: Any) -> Array:
