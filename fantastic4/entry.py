@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from fantastic4.devices import on_any_mesh
@@ -85,6 +86,13 @@ def positive(name: str, value: Any) -> Any:
     """A converter for `entry`: a `number` above 0, as far as it is known."""
     if not isinstance(number(name, value), jax.core.Tracer) and not value > 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return value
+
+
+def not_negative(name: str, value: Any) -> Any:
+    """An array, or a number, without an entry that is known to be negative."""
+    if not isinstance(value, jax.core.Tracer) and (np.asarray(value) < 0).any():
+        raise ValueError(f"{name} must not be negative")
     return value
 
 

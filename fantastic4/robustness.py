@@ -1,4 +1,4 @@
-r"""Certified ℓ2 radii of a classifier's predictions, and an attack to hold them against.
+r"""Certified ℓ2 radii of a classifier's predictions; `attack` is what to hold them against.
 
 A prediction y at x₀ is certified with radius r when no x with ‖x - x₀‖₂ < r has another class whose logit is as large:
 every margin f = z_y - z_t stays positive, against **every** other class t, and a tie is never certified.
@@ -30,51 +30,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fantastic4.entry import count
-
-Logits = Callable[[Array], Array]
+from fantastic4 import classifier
+from fantastic4.attacks import attack as attack
+from fantastic4.classifier import Logits
+from fantastic4.entry import count, not_negative
 
 _BATCH = 1000  # examples whose gradients are computed together
 _CHUNK = 512  # pairs of an example and a class that are searched together
-
-
-def _logits(fn: Logits, x: Array) -> Array:
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError("x must be a batch of examples, an array of a real floating dtype")
-    shape = jax.eval_shape(fn, x).shape
-    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] < 2:
-        raise ValueError(
-            f"fn must return logits (batch, classes) with at least 2 classes for x of shape {x.shape}, got {shape}"
-        )
-    return fn(x)
 
 
 def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
     matrix = jnp.asarray(matrix)
     if matrix.shape not in ((), (classes, classes)):
         raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
-    return jnp.broadcast_to(_not_negative(matrix, name), (classes, classes))
-
-
-def _not_negative(x: Array, name: str) -> Array:
-    """``x``, unless it is known to have a negative entry."""
-    if not isinstance(x, jax.core.Tracer) and (np.asarray(x) < 0).any():
-        raise ValueError(f"{name} must not be negative")
-    return x
+    return jnp.broadcast_to(not_negative(name, matrix), (classes, classes))
 
 
 def _slack(*dtypes: Any) -> float:
     return 64 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-
-
-def _fresh(fn: Logits) -> Logits:
-    """The function in full precision, under a new identity: what an object computes may change between calls."""
-
-    def precise(x: Array) -> Array:
-        with jax.default_matmul_precision("highest"):
-            return fn(x)
-
-    return precise
 
 
 def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
@@ -100,10 +73,10 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
       >>> print(robustness.lipschitz_radii(net, jnp.array([[3.0], [0.0]]), limits).round(2))
       [3. 0.]
     """
-    logits = _logits(_fresh(fn), x)
+    logits = classifier.logits(classifier.precise(fn), x)
     limits = _pairs_of(margins, logits.shape[1], "margins")
     predicted = jnp.argmax(logits, axis=1)
-    own = jnp.take_along_axis(logits, predicted[:, None], axis=1)
+    own = classifier.of_class(logits, predicted)[:, None]
     slack = _slack(x.dtype, logits.dtype)
     lost = slack * (jnp.abs(own) + jnp.abs(logits))
     gap = jnp.maximum(own - logits - lost, 0)
@@ -212,7 +185,7 @@ def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array, Array]:
     sizes = sizes.T + jnp.linalg.norm(own_gradient, axis=1)[:, None]
     slack = _slack(x.dtype, logits.dtype)
     slopes = slopes.T * (1 + slack) + slack * sizes
-    own = _take(logits, predicted)[:, None]
+    own = classifier.of_class(logits, predicted)[:, None]
     gap = own - logits - slack * (jnp.abs(own) + jnp.abs(logits))
     gap = jnp.where(gap > jnp.finfo(x.dtype).tiny ** 0.4, gap, 0)  # squares of smaller ones vanish
     m = below[predicted]
@@ -220,10 +193,6 @@ def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array, Array]:
     bottom = slopes + jnp.sqrt(slopes * slopes + 2 * m * gap)
     radii = jnp.where(gap > 0, 2 * gap / bottom * (1 - slack), 0)
     return jnp.where(jnp.arange(classes) == predicted[:, None], jnp.inf, radii), logits, sizes
-
-
-def _take(logits: Array, classes: Array) -> Array:
-    return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
 
 
 def curvature_radii(
@@ -267,8 +236,8 @@ def curvature_radii(
       np.True_
     """
     steps, inner = count(1)("steps", steps), count(1)("inner", inner)
-    x, fn = jnp.asarray(x), _fresh(fn)
-    classes = jax.eval_shape(lambda x: _logits(fn, x), x).shape[1]
+    x, fn = jnp.asarray(x), classifier.precise(fn)
+    classes = jax.eval_shape(lambda x: classifier.logits(fn, x), x).shape[1]
     if not len(x):
         return np.zeros(0)
     below = _pairs_of(curvatures, classes, "curvatures").astype(x.dtype)
@@ -326,86 +295,5 @@ def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.nd
       >>> robustness.certified_accuracy(net, x, jnp.array([0, 0]), jnp.array([3.0, 1.0]), 2.0)
       0.5
     """
-    right = jnp.argmax(_logits(fn, x), axis=1) == jnp.asarray(labels)
+    right = jnp.argmax(classifier.logits(fn, x), axis=1) == jnp.asarray(labels)
     return float(jnp.mean(right & (jnp.asarray(radii) > epsilon)))
-
-
-@functools.partial(jax.jit, static_argnames=("fn", "steps", "restarts"))
-def _attack(fn: Logits, x: Array, labels: Array, epsilon: Array, key: Array, steps: int, restarts: int) -> Array:
-    dims = tuple(range(1, x.ndim))
-
-    def length(v: Array) -> Array:
-        return jnp.sqrt(jnp.sum(v * v, axis=dims, keepdims=True))
-
-    def into_ball(delta: Array) -> Array:
-        size = length(delta)
-        return delta * jnp.minimum(1, epsilon / jnp.where(size > 0, size, 1))
-
-    def worst(delta: Array) -> Array:
-        logits = fn(x + delta)
-        others = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
-        return _take(logits, labels) - jnp.max(others, axis=1)
-
-    def restart(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        best, margin, key = carry
-        key, mine = jax.random.split(key)
-        start = jax.random.normal(mine, x.shape, x.dtype)
-        delta = into_ball(start / length(start) * epsilon)
-
-        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            delta, best, margin = carry
-            now, gradient = jax.value_and_grad(lambda d: (jnp.sum(worst(d)), worst(d)), has_aux=True)(delta)
-            size = length(gradient)
-            value = now[1]
-            better = value < margin
-            best = jnp.where(better.reshape(-1, *[1] * len(dims)), delta, best)
-            rate = 2.5 * epsilon * (1 - i / steps)
-            moved = delta - rate * gradient / jnp.where(size > 0, size, 1)
-            return into_ball(moved), best, jnp.where(better, value, margin)
-
-        delta, best, margin = lax.fori_loop(0, steps, step, (delta, best, margin))
-        value = worst(delta)
-        better = value < margin
-        best = jnp.where(better.reshape(-1, *[1] * len(dims)), delta, best)
-        return best, jnp.where(better, value, margin), key
-
-    zero = jnp.zeros_like(x)
-    best, _, _ = lax.fori_loop(0, restarts, restart, (zero, worst(zero), key))
-    return x + best
-
-
-def attack(
-    fn: Logits, x: Array, labels: Array, epsilon: Any, *, key: Array, steps: int = 100, restarts: int = 20
-) -> Array:
-    """Projected gradient descent in the ℓ2 ball (Madry et al. 2018): the strongest adversarial examples that it finds.
-
-    An attack proves that a prediction is not robust; that it finds nothing proves nothing.
-
-    Args:
-      fn: logits of a batch.
-      x: the batch.
-      labels: ``(batch,)``, whose margins are to be destroyed.
-      epsilon: radius of the ball, a number, or one for each example.
-      key: a ``jax.random.key``.
-      steps: of each descent.
-      restarts: descents from random points on the sphere.
-
-    Returns:
-      Examples of the shape of ``x``, within epsilon of it up to rounding.
-
-    Raises:
-      ValueError: shapes that do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from fantastic4 import robustness
-      >>> net = lambda x: x @ jnp.array([[1.0, -1.0]])
-      >>> found = robustness.attack(net, jnp.array([[1.0]]), jnp.array([0]), 1.5, key=jax.random.key(0), restarts=2)
-      >>> print(jnp.argmax(net(found)))
-      1
-    """
-    steps, restarts = count(1)("steps", steps), count(1)("restarts", restarts)
-    jax.eval_shape(lambda x: _logits(fn, x), x)
-    epsilon = _not_negative(jnp.asarray(epsilon, x.dtype), "epsilon")
-    sizes = jnp.broadcast_to(epsilon, (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
-    return _attack(_fresh(fn), x, jnp.asarray(labels), sizes, key, steps, restarts)

@@ -27,8 +27,8 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency", "power", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
     {"bounds", "kernels"},
-    {"layerwise"},
-    {"network", "wrapping", "lipschitz"},
+    {"layerwise", "classifier"},
+    {"network", "wrapping", "lipschitz", "attacks"},
     {"linen", "nnx", "transforms", "robustness"},
     {"__init__"},
 ]
