@@ -58,12 +58,16 @@ def weighted(kernels: Array) -> Array:
 def hybrid(kernels: Array, points: int | None) -> Array:
     """The smallest over the axes of: this axis on a grid of ``points`` (2k + 2), the others unfolded."""
     spatial = kernels.shape[1:-2]
-    axes = [a for a, k in enumerate(spatial) if k > 1] or [0]
-    tops = []
-    for axis in axes:
-        top = frequency.certified_top(lax.stop_gradient(kernels), (axis,), points or 2 * spatial[axis] + 2)
-        tops.append(frequency.differentiable(kernels, top))
-    return jnp.min(jnp.stack(tops))
+    alike: dict[tuple[int, ...], list[Array]] = {}
+    for axis in [a for a, k in enumerate(spatial) if k > 1] or [0]:
+        turned = jnp.moveaxis(kernels, 1 + axis, 1)
+        alike.setdefault(turned.shape, []).append(turned)
+    values = []
+    for shape, same in alike.items():  # the axes of a square kernel share one program
+        stacked, size = jnp.stack(same), points or 2 * shape[1] + 2
+        tops = lax.map(lambda k, n=size: frequency.certified_top(k, (0,), n), lax.stop_gradient(stacked))
+        values.append(jax.vmap(frequency.differentiable)(stacked, tops))
+    return jnp.min(jnp.concatenate(values))
 
 
 def grid(kernels: Array, points: int | None) -> Array:
@@ -80,13 +84,16 @@ def _grid_sizes(spatial: tuple[int, ...], points: int | None) -> tuple[int, ...]
 def matrix_gram(kernels: Array, iterations: int) -> Array:
     """√taps · the smallest Schatten norm of order 2^(iterations + 1) of the unfoldings."""
     spatial = kernels.shape[1:-2]
+    matrices = [unfolding.unfold(kernels, axes) for axes in unfolding.distinct(spatial)[0]]
+    schatten = jax.vmap(jax.vmap(lambda m: gram.schatten_bound(m, iterations)))
     each = []
-    for axes in unfolding.distinct(spatial)[0]:
-        norms = jax.vmap(lambda m: gram.schatten_bound(m, iterations))(unfolding.unfold(kernels, axes))
+    for _, stacked in unfolding.stacks(matrices):
+        norms = schatten(stacked)
         # Asked of every group: on a CPU, a maximum over thousands may drop a NaN.
-        each.append(jnp.where(jnp.any(jnp.isnan(norms)), jnp.nan, jnp.max(norms)))
+        poisoned = jnp.any(jnp.isnan(norms), axis=1)
+        each.append(jnp.where(poisoned, jnp.nan, jnp.max(norms, axis=1)))
     scale = constant_up(math.sqrt(math.prod(spatial)), kernels.dtype)
-    return round_up(jnp.min(jnp.stack(each)) * scale, 2)
+    return round_up(jnp.min(jnp.concatenate(each)) * scale, 2)
 
 
 @jax.tree_util.register_dataclass

@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fantastic4.dense import Certified, certified_tall, frobenius_bound, sizing
@@ -169,24 +170,32 @@ def weights(squares: Array, powers: Sequence[float]) -> Weights:
       powers: the p.
     """
     batch, *spatial = squares.shape
-    dtype = squares.dtype
-    each, factors = [], []
-    for power in powers:
-        for axes in distinct(tuple(spatial))[0]:
-            tap, factor = jnp.ones((batch, *spatial), dtype), jnp.ones(batch, dtype)
-            for side in (axes, others(tuple(spatial), axes)):
-                # One sum for each value of the taps on this side, over the other side.
-                sums = jnp.sum(squares, axis=tuple(1 + a for a in others(tuple(spatial), side)), keepdims=True)
-                top = jnp.max(sums, axis=tuple(range(1, sums.ndim)), keepdims=True)
-                usable = jnp.isfinite(top) & (top > 1e12 * jnp.finfo(dtype).tiny)
-                size = jnp.where(usable, jnp.maximum(sums / jnp.where(usable, top, 1), 1e-12), 1)
-                weight = size ** (-power / 2)
-                inverse = 1 / weight
-                tap = tap * weight
-                factor = factor * jnp.sqrt(jnp.sum(inverse * inverse, axis=tuple(range(1, sums.ndim))))
-            each.append(tap.reshape(batch, -1))
-            factors.append(factor)
-    return Weights(jnp.stack(each, -1), jnp.stack(factors, -1))
+    rank, dtype = len(spatial), squares.dtype
+    kinds = distinct(tuple(spatial))[0]
+    exponents = jnp.asarray(powers, dtype).reshape(-1, *(1,) * (1 + rank)) / 2
+
+    @functools.cache
+    def side(axes: Axes) -> tuple[Array, Array]:
+        """Weights of the taps on one side, ``(powers, batch, *)``, and the norms of their inverses."""
+        # One sum for each value of the taps on this side, over the other side.
+        sums = jnp.sum(squares, axis=tuple(1 + a for a in others(tuple(spatial), axes)), keepdims=True)
+        top = jnp.max(sums, axis=tuple(range(1, 1 + rank)), keepdims=True)
+        usable = jnp.isfinite(top) & (top > 1e12 * jnp.finfo(dtype).tiny)
+        size = jnp.where(usable, jnp.maximum(sums / jnp.where(usable, top, 1), 1e-12), 1)
+        weight = size**-exponents
+        inverse = 1 / weight
+        return weight, jnp.sqrt(jnp.sum(inverse * inverse, axis=tuple(range(2, 2 + rank))))
+
+    both = [(side(axes), side(others(tuple(spatial), axes))) for axes in kinds]
+    taps = jnp.stack([(a * b).reshape(len(powers), batch, -1) for (a, _), (b, _) in both], -1)
+    factor = jnp.stack([a * b for (_, a), (_, b) in both], -1)
+    return Weights(_beside(taps, 2), _beside(factor, 1))
+
+
+def _beside(x: Array, axis: int) -> Array:
+    """Sets of weights side by side: ``(sets, batch, …, kinds, …)`` -> ``(batch, …, sets · kinds, …)``."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
@@ -199,36 +208,60 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
     Returns:
       `Pairs`; ``values`` are never below the norms (`fantastic4.dense.certified_norm`).
     """
-    spatial, c_out = kernels.shape[1:-2], kernels.shape[-1]
-    kinds = distinct(spatial)[0]
+    kinds = distinct(kernels.shape[1:-2])[0]
     if scaling is None:
-        return _certified(kernels, [kernels] * len(kinds))
+        return _certified(kernels[None])
     # The sets of weights of one unfolding go side by side: one program for all of them.
     sets, batch = scaling.taps.shape[-1] // len(kinds), len(kernels)
     taps = scaling.taps.reshape(batch, -1, sets, len(kinds))
-    taps = jnp.moveaxis(taps, 2, 0)  # (sets, batch, taps, kinds)
-    scaled = [
-        (kernels * taps[..., m].reshape(sets, batch, *spatial, 1, 1)).reshape(-1, *kernels.shape[1:])
-        for m in range(len(kinds))
-    ]
-    pairs = _certified(scaled[0], scaled)
+    taps = jnp.moveaxis(taps, (3, 2), (0, 1))  # (kinds, sets, batch, taps)
+    scaled = kernels * taps.reshape(*taps.shape[:-1], *kernels.shape[1:-2], 1, 1)
+    scaled = scaled.reshape(len(kinds), sets * batch, *kernels.shape[1:])
+    pairs = _certified(scaled)
     # A scaled entry is off by two roundings: the weight's product and its own.
-    size = jnp.stack([jax.vmap(lambda k: frobenius_bound(k.reshape(-1, c_out)))(k) for k in scaled], 1)
-    lost = constant_up(2.1 * unit_roundoff(kernels.dtype), kernels.dtype) * size
+    size = jax.vmap(jax.vmap(lambda k: frobenius_bound(k.reshape(-1, k.shape[-1]))))(scaled)
+    lost = constant_up(2.1 * unit_roundoff(kernels.dtype), kernels.dtype) * size.T
     values = round_up(pairs.values + lost, 4)
-    inputs = pairs.inputs * taps.reshape(-1, *taps.shape[2:])[..., None]
-
-    def beside(x: Array, axis: int) -> Array:
-        """``(sets · batch, …, kinds, …)`` -> ``(batch, …, sets · kinds, …)``."""
-        split = jnp.moveaxis(x.reshape(sets, batch, *x.shape[1:]), 0, axis)
-        return split.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
-
-    return Pairs(beside(values, 1), beside(inputs, 2), beside(pairs.outputs, 2))
+    inputs = pairs.inputs * jnp.moveaxis(taps, 0, -1).reshape(sets * batch, -1, len(kinds))[..., None]
+    apart = [x.reshape(sets, batch, *x.shape[1:]) for x in (values, inputs, pairs.outputs)]
+    return Pairs(_beside(apart[0], 1), _beside(apart[1], 2), _beside(apart[2], 2))
 
 
-def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
-    """`fantastic4.dense.certified_norm` of each distinct unfolding, of its own array of the shape of ``kernels``."""
-    batch, *spatial, c_in, c_out = kernels.shape
+_SMALL = (1024, 32)  # rows and columns of a matrix for which another program costs more than products with zeros
+
+
+def stacks(matrices: Sequence[Array]) -> Iterator[tuple[list[int], Array]]:
+    """Matrices of the same norms that can share a program: none wider than tall, those of one shape in one array.
+
+    All small ones count as of one shape: zeros behind their rows and columns do not change a norm.
+
+    Args:
+      matrices: ``(batch, rows, columns)`` each.
+
+    Yields:
+      Which of them, and ``(them, batch, rows, columns)``.
+    """
+    tall = [m if m.shape[1] >= m.shape[2] else jnp.swapaxes(m, 1, 2) for m in matrices]
+    small = [m.shape[1:] for m in tall if m.shape[1] <= _SMALL[0] and m.shape[2] <= _SMALL[1]]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(m.shape[1:] for m in tall):
+        groups.setdefault(tuple(np.max(small, axis=0)) if shape in small else shape, []).append(i)
+    for (rows, columns), same in groups.items():
+
+        def padded(m: Array, rows: int = rows, columns: int = columns) -> Array:
+            behind = rows - m.shape[1], columns - m.shape[2]
+            return jnp.pad(m, ((0, 0), (0, behind[0]), (0, behind[1]))) if any(behind) else m
+
+        yield same, jnp.stack([padded(tall[i]) for i in same])
+
+
+def _certified(arrays: Array) -> Pairs:
+    """`fantastic4.dense.certified_norm` of each distinct unfolding: each of its own array, or all of one.
+
+    Args:
+      arrays: ``(kinds or 1, batch, *spatial, c_in, c_out)``.
+    """
+    _, batch, *spatial, c_in, c_out = arrays.shape
     taps = math.prod(spatial)
 
     def spread(vector: Array, owned: Sequence[int], channels: int) -> Array:
@@ -238,24 +271,20 @@ def _certified(kernels: Array, matrices_of: Sequence[Array]) -> Pairs:
 
     kinds = distinct(tuple(spatial))[0]
     # Scaled before they are unfolded: the entries of an array are those of all its unfoldings.
-    size = [jax.vmap(sizing)(array) for array in matrices_of]
-    scaled = [
-        array * s.inverse.reshape(batch, *(1,) * (array.ndim - 1)) for array, s in zip(matrices_of, size, strict=True)
-    ]
-    matrices = [unfold(array, axes) for axes, array in zip(kinds, scaled, strict=True)]
-    tall = [m if m.shape[1] >= m.shape[2] else jnp.swapaxes(m, 1, 2) for m in matrices]
-    # Those of one shape share one program, R and S at least; one after the other, each with as many steps as it needs.
+    size = jax.vmap(jax.vmap(sizing))(arrays)
+    arrays = arrays * size.inverse.reshape(*arrays.shape[:2], *(1,) * (arrays.ndim - 2))
+    matrices = [unfold(arrays[i % len(arrays)], axes) for i, axes in enumerate(kinds)]
     found: dict[int, Certified] = {}
-    for shape in {m.shape: None for m in tall}:
-        same = [i for i, m in enumerate(tall) if m.shape == shape]
-        together = lax.map(functools.partial(each, certified_tall), jnp.stack([tall[i] for i in same]))
+    for same, stacked in stacks(matrices):
+        # One after the other, each with as many steps as it needs.
+        together = lax.map(functools.partial(each, certified_tall), stacked)
         for place, i in enumerate(same):
-            part = jax.tree.map(lambda x: x[place], together)  # noqa: B023
-            found[i] = part if tall[i] is matrices[i] else part._replace(left=part.right, right=part.left)
-    certified = [found[i]._replace(bound=size[i].restore(found[i].bound)) for i in range(len(kinds))]
-    pairs = list(zip(kinds, certified, strict=True))
+            bound, long, short = jax.tree.map(lambda x: x[place], together)  # noqa: B023
+            left, right = (long, short) if matrices[i].shape[1] >= matrices[i].shape[2] else (short, long)
+            found[i] = Certified(bound, left[:, : matrices[i].shape[1]], right[:, : matrices[i].shape[2]])
+    pairs = [(axes, found[i]) for i, axes in enumerate(kinds)]
     return Pairs(
-        jnp.stack([c.bound for c in certified], 1),
+        size.restore(jnp.stack([c.bound for _, c in pairs])).T,
         jnp.stack([spread(c.right, others(tuple(spatial), axes), c_in) for axes, c in pairs], 2),
         jnp.stack([spread(c.left, axes, c_out) for axes, c in pairs], 2),
     )
