@@ -6,6 +6,7 @@ On an unbounded interval x · tanh'(x) is 0 · ∞; with envelopes it is t · 4 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +41,16 @@ class Tail(NamedTuple):
 _NONE = (0.0, 0.0)
 
 
+def _collected(terms: Iterable[tuple[float, float, float]]) -> Terms:
+    """Terms of one power and one rate added up, a little up: those of a 300th power would be 90,000."""
+    sums: dict[tuple[float, float], float] = {}
+    for c, n, a in terms:
+        sums[n, a] = (sums[n, a] + c) * (1 + 1e-15) if (n, a) in sums else c
+    return tuple((c, n, a) for (n, a), c in sums.items())
+
+
 def _add(*terms: Terms | None) -> Terms | None:
-    return None if any(t is None for t in terms) else tuple(x for t in terms for x in t or ())
+    return None if any(t is None for t in terms) else _collected(x for t in terms for x in t or ())
 
 
 def _mul(*factors: Terms | None) -> Terms | None:
@@ -51,7 +60,7 @@ def _mul(*factors: Terms | None) -> Terms | None:
     for terms in factors:
         if terms is None:
             return None
-        result = tuple((c * d * (1 + 1e-15), n + m, a + b) for c, n, a in result for d, m, b in terms)
+        result = _collected((c * d * (1 + 1e-15), n + m, a + b) for c, n, a in result for d, m, b in terms)
     return result
 
 

@@ -1,10 +1,10 @@
 """Truth by dull means. This file never imports the package: NumPy in float64, and what Flax itself computes."""
 
+import functools
 import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -29,19 +29,24 @@ def layer(kernel_shape, *, strides=1, dilation=1, groups=1, padding="SAME", tran
     return nn.Conv(kernel_shape[-1], kernel_shape[:-2], feature_group_count=groups, **common)
 
 
+@functools.cache
+def _apply(kernel_shape, spec):
+    return jax.jit(layer(kernel_shape, **dict(spec)).apply)
+
+
 def dense(kernel, input_shape, **spec):
     """The matrix of the Flax layer, (outputs, inputs): its columns are the layer's answers to one-hot inputs."""
     kernel = np.asarray(kernel, np.float32)
     c_in = kernel.shape[-1 if spec.get("transpose_kernel") else -2] * spec.get("groups", 1)
     size = math.prod(input_shape) * c_in
-    x = jnp.eye(size, dtype=jnp.float32).reshape(size, *input_shape, c_in)
+    x = np.eye(size, dtype=np.float32).reshape(size, *input_shape, c_in)
     if spec.get("padding") == EDGE:
         dilation = spec.get("dilation", 1)
         dilation = (dilation,) * (kernel.ndim - 2) if isinstance(dilation, int) else dilation
         extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:-2], dilation, strict=True)]
-        x = jnp.pad(x, [(0, 0), *(((e - 1) // 2, e // 2) for e in extent), (0, 0)], mode="edge")
+        x = np.pad(x, [(0, 0), *(((e - 1) // 2, e // 2) for e in extent), (0, 0)], mode="edge")
     with jax.default_matmul_precision("highest"):
-        y = layer(kernel.shape, **spec).apply({"params": {"kernel": jnp.asarray(kernel)}}, x)
+        y = _apply(kernel.shape, tuple(spec.items()))({"params": {"kernel": kernel}}, x)
     return np.asarray(y, np.float64).reshape(size, -1).T
 
 

@@ -25,14 +25,15 @@ def test_materialise_is_what_flax_computes(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_adjoint_is_the_transpose(name):
-    shape, size, spec = cases.LAYERS[name]
+    _, size, spec = cases.LAYERS[name]
     kernel = cases.kernel(name)
     matrix = oracle.dense(kernel, size, **spec)
     spec = f4.ConvSpec(**spec)
-    x = jnp.zeros((*size, matrix.shape[1] // int(np.prod(size))))
-    y = jax.random.normal(jax.random.key(0), jax.eval_shape(lambda x: jacobian.forward(kernel, x, spec), x).shape)
+    x = jax.ShapeDtypeStruct((*size, matrix.shape[1] // int(np.prod(size))), jnp.float32)
+    shape = jax.eval_shape(lambda x: jacobian.forward(kernel, x, spec), x).shape
+    y = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     ours = np.asarray(jacobian.adjoint(kernel, y, size, spec)).ravel()
-    np.testing.assert_allclose(ours, matrix.T @ np.asarray(y, np.float64).ravel(), atol=3e-5)
+    np.testing.assert_allclose(ours, matrix.T @ y.ravel().astype(float), atol=3e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -223,7 +223,6 @@ SPECS = {
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("four", {}),
         ("four", {"reduce": "log", "threshold": 1.5, "iterations": 2}),
         ("four", {"reduce": "squared", "weights": {"torch/*": 3.0, "matrices/kernel[[]1]": 0.5}}),
         ("weighted", {"weights": {"strided/kernel": 0.25}}),
