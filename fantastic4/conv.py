@@ -11,6 +11,7 @@ for every input size, where σ∞ is the norm of a plain convolution on the infi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -325,6 +326,7 @@ def phased(kernel: Array, spec: ConvSpec, input_shape: tuple[int, ...] | None = 
     return Phased(kernels, tuple(strides), factor)
 
 
+@functools.partial(jax.jit, static_argnames=("phases",), inline=True)
 def polyphase(kernels: Array, phases: tuple[int, ...]) -> Array:
     """``(batch, *spatial, c_in, c_out)`` -> the phases of every axis as further input channels."""
     for axis, count in enumerate(phases, start=1):

@@ -6,9 +6,11 @@ the factor by which ``x @ kernel`` can stretch ``x``.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -71,6 +73,7 @@ def _sum_squares(a: Array) -> Array:
     return jnp.sum(rows) * constant_up(1 + gamma(sum(a.shape) + 4, a.dtype), a.dtype)
 
 
+@functools.partial(jax.jit, inline=True)
 def frobenius_bound(matrix: Array) -> Array:
     """Upper bound of the Frobenius norm of a matrix, rounding included; NaN if an entry is NaN or infinite."""
     scale, inverse = power_of_two(jnp.max(jnp.abs(matrix), initial=0))

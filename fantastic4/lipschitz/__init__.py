@@ -20,7 +20,7 @@ from fantastic4.bounds import METHODS
 from fantastic4.entry import choice
 from fantastic4.lipschitz import calls, choices, linear, moves, scalars, windows  # noqa: F401 (they fill the table)
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, reachable, whole
-from fantastic4.lipschitz.hessian import try_hessian as hessian
+from fantastic4.lipschitz.hessian import hessians
 from fantastic4.lipschitz.nodes import Joint, Linear
 from fantastic4.lipschitz.numbers import ByName, slope
 from fantastic4.lipschitz.order import Step, first_order, second_order
@@ -245,9 +245,8 @@ def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Cur
     composed = how.root_sum_squares(seconds) if seconds else zero
     found = None
     if len(traced.outputs) == 1 and math.prod(traced.outputs[0].shape) == 1:
-        (output,) = traced.outputs
-        found = hessian(nodes, output, jnp.ones(output.shape, traced.dtype), how)
-    return Curvature(composed, composed) if found is None else Curvature(*(jnp.minimum(f, composed) for f in found))
+        found = hessians(nodes, traced.outputs[0], jnp.ones((1, 1), traced.dtype), how)
+    return Curvature(composed, composed) if found is None else Curvature(*jnp.minimum(found[0], composed))
 
 
 @usual_promotion
@@ -286,12 +285,6 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
     composed = how.times(2**0.5 * (1 + 1e-15), second)
     first, last = np.triu_indices(classes, 1)
     seeds = (jnp.eye(classes)[first] - jnp.eye(classes)[last]).astype(traced.dtype)
-
-    def one(seed: Array) -> tuple[Array, Array]:
-        found = hessian(nodes, logits, seed.reshape(logits.shape), how)
-        return (composed, composed) if found is None else found
-
-    below, above = lax.map(one, seeds)
-    matrix = jnp.zeros((classes, classes), traced.dtype)
-    matrix = matrix.at[first, last].set(jnp.minimum(below, composed))
-    return matrix.at[last, first].set(jnp.minimum(above, composed))
+    found = hessians(nodes, logits, seeds, how)
+    both = jnp.broadcast_to(composed, (len(seeds), 2)) if found is None else jnp.minimum(found, composed)
+    return jnp.zeros((classes, classes), traced.dtype).at[first, last].set(both[:, 0]).at[last, first].set(both[:, 1])

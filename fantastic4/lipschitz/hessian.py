@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def _first_matrix(signal: Signal) -> tuple[Array, Array | float] | None:
 
 
 class _Terms:
-    """‖Σ_I J_Iᵀ diag(c_I) J_I‖ from above, for weights c_I ≥ 0 and the Jacobians J_I of signals.
+    """‖Σ_I J_Iᵀ diag(c_I) J_I‖ from above, for two sets of weights c_I ≥ 0 and the Jacobians J_I of signals.
 
     Those that are written out stand side by side in one matrix: where each signal sees its own part of the input, as
     kernels of two sizes do, the norm of all together is well below the sum.
@@ -151,54 +151,54 @@ class _Terms:
 
     def __init__(self, how: Numbers) -> None:
         self.how = how
-        self.total = jnp.zeros((), how.dtype)
+        self.total = jnp.zeros(2, how.dtype)
         self.columns: list[Array] = []
         self.lost: list[Array] = []
 
     def add(self, signal: Signal, weights: Array) -> None:
-        """Add the term of this signal, with a weight for each of its entries."""
+        """Add the term of this signal, with weights ``(2, …)`` for each of its entries."""
         how, first = self.how, _first_matrix(signal)
+        weights = weights.reshape(2, -1)
         if first is None:
             # Asked of every weight: on a CPU, a maximum over thousands may drop a NaN.
-            largest = jnp.where(jnp.any(jnp.isnan(weights)), jnp.nan, jnp.max(weights, initial=0))
+            largest = jnp.where(jnp.any(jnp.isnan(weights), axis=1), jnp.nan, jnp.max(weights, axis=1, initial=0))
             size = how.of(signal.node)
             self.total = round_up(self.total + how.times(largest, float(multiplicity(signal.index)), size, size), 2)
             return
         matrix, lost = first
-        root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights))).ravel()
-        self.columns.append(matrix.astype(how.dtype) * root)
+        root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
+        self.columns.append(matrix.astype(how.dtype) * root[:, None])
         if not isinstance(lost, float):
-            self.lost.append(jnp.max(root) * lost)
+            self.lost.append(jnp.max(root, axis=1) * lost)
 
     def value(self) -> Array:
-        """The bound."""
+        """The bounds, ``(2,)``."""
         if not self.columns:
             return self.total
-        matrix = jnp.concatenate(self.columns, axis=1)
-        size = dense.frobenius_bound(lax.stop_gradient(matrix))
-        norm = round_up(dense.bound(matrix) + 8 * unit_roundoff(self.how.dtype) * size, 4)
+        matrices = jnp.concatenate(self.columns, axis=2)
+        size = jax.vmap(dense.frobenius_bound)(lax.stop_gradient(matrices))
+        norm = round_up(lax.map(dense.bound, matrices) + 8 * unit_roundoff(self.how.dtype) * size, 4)
         for lost in self.lost:
             norm = round_up(norm + lost, 4)
         return round_up(self.total + round_up(norm * norm, 2), 2)
 
 
-def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> tuple[Array, Array]:
-    """Numbers m and M with -m ≤ eigenvalues of the Hessian of ⟨seed, output⟩ ≤ M, after `first_order`.
+def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> Array:
+    """Numbers (m, M) with -m ≤ eigenvalues of the Hessian of ⟨seed, output⟩ ≤ M, after `first_order`.
 
     Raises:
       _Unknown: a node that this is not known for.
     """
     dtype = how.dtype
     spans: dict[int, Span] = {}
-    below, above = _Terms(how), _Terms(how)
+    terms = _Terms(how)
 
     def arrive(signal: Signal, span: Span) -> None:
         straight = affine(signal.expr)
         if straight is None:
             (low, high), (bent_low, bent_high) = of_one_number(signal, _both, "curvature", SMOOTH)
             bent = _times(span, bent_low, bent_high)
-            below.add(signal, jnp.maximum(-bent.low, 0))
-            above.add(signal, jnp.maximum(bent.high, 0))
+            terms.add(signal, jnp.maximum(jnp.stack([-bent.low, bent.high]), 0))
             span = _times(span, low, high)
         elif straight[0] != 1:
             span = _times(span, float(straight[0]), float(straight[0]))
@@ -227,7 +227,7 @@ def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) ->
             continue
         for signal, span in zip(node.inputs, _back(node, spans.pop(id(node))), strict=True):
             arrive(signal, span)
-    return below.value(), above.value()
+    return terms.value()
 
 
 @functools.lru_cache(maxsize=512)
@@ -235,9 +235,9 @@ def _both(expr: Expr) -> tuple[tuple[float, float], tuple[float, float]]:
     return extremes(expr, 1), extremes(expr, 2)
 
 
-def try_hessian(nodes: Sequence[Node], output: Signal, seed: Any, how: Numbers) -> tuple[Array, Array] | None:
-    """`hessian`, or None for a graph that it does not know."""
+def hessians(nodes: Sequence[Node], output: Signal, seeds: Array, how: Numbers) -> Array | None:
+    """`hessian` of every seed, ``(seeds, 2)``, or None for a graph that it does not know: one program for all their small steps."""
     try:
-        return hessian(nodes, output, seed, how)
+        return lax.map(lambda seed: hessian(nodes, output, seed.reshape(output.shape), how), seeds)
     except _Unknown:
         return None
