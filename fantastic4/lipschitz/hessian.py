@@ -236,7 +236,10 @@ def _both(expr: Expr) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def hessians(nodes: Sequence[Node], output: Signal, seeds: Array, how: Numbers) -> Array | None:
-    """`hessian` of every seed, ``(seeds, 2)``, or None for a graph that it does not know: one program for all their small steps."""
+    """`hessian` of every seed, ``(seeds, 2)``, or None for a graph that it does not know.
+
+    As a loop, also of one: its hundred small operations are one program to compile.
+    """
     try:
         return lax.map(lambda seed: hessian(nodes, output, seed.reshape(output.shape), how), seeds)
     except _Unknown:
