@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from fantastic4.dense import Certified, certified_tall, frobenius_bound, sizing
@@ -227,25 +226,27 @@ def certified_pairs(kernels: Array, scaling: Weights | None = None) -> Pairs:
     return Pairs(_beside(apart[0], 1), _beside(apart[1], 2), _beside(apart[2], 2))
 
 
-_SMALL = (1024, 32)  # rows and columns of a matrix for which another program costs more than products with zeros
+_SMALL = 512  # entries of a kernel for which another program costs more than products with zeros
 
 
 def stacks(matrices: Sequence[Array]) -> Iterator[tuple[list[int], Array]]:
     """Matrices of the same norms that can share a program: none wider than tall, those of one shape in one array.
 
-    All small ones count as of one shape: zeros behind their rows and columns do not change a norm.
+    Those of a small kernel count as of one shape: zeros behind their rows and columns do not change a norm.
 
     Args:
-      matrices: ``(batch, rows, columns)`` each.
+      matrices: ``(batch, rows, columns)`` each, all of one kernel.
 
     Yields:
       Which of them, and ``(them, batch, rows, columns)``.
     """
     tall = [m if m.shape[1] >= m.shape[2] else jnp.swapaxes(m, 1, 2) for m in matrices]
-    small = [m.shape[1:] for m in tall if m.shape[1] <= _SMALL[0] and m.shape[2] <= _SMALL[1]]
+    shapes = [m.shape[1:] for m in tall]
+    if tall[0].size <= _SMALL:
+        shapes = [tuple(map(max, *shapes)) if len(shapes) > 1 else shapes[0]] * len(tall)
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, shape in enumerate(m.shape[1:] for m in tall):
-        groups.setdefault(tuple(np.max(small, axis=0)) if shape in small else shape, []).append(i)
+    for i, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(i)
     for (rows, columns), same in groups.items():
 
         def padded(m: Array, rows: int = rows, columns: int = columns) -> Array:
