@@ -166,7 +166,9 @@ def _normalise(x: Array) -> tuple[Array, Array]:
     return (norm * largest)[..., 0, 0], x / jnp.where(norm > 0, norm, 1)
 
 
-def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tuple[int, ...]) -> tuple[Top, GridState]:
+def power_step(
+    kernels: Array, state: GridState, points: np.ndarray, sizes: tuple[int, ...], phases: tuple[int, ...] | None = None
+) -> tuple[Top, GridState]:
     """One power iteration of F at every frequency of a grid, all in two passes over the kernels.
 
     Every frequency adds two columns to the vectors that the kernel is multiplied by.
@@ -176,14 +178,25 @@ def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tupl
       state: of kernels of this shape and this grid.
       points: frequencies, ``(count, rank)``.
       sizes: of the grid, one an axis.
+      phases: of every axis, as in `fantastic4.conv.Phased`: F is that of the polyphase kernels, which are not written
+        down.
 
     Returns:
       The largest singular value reached (from below), without any factor, and the new state.
     """
     batch, *spatial, c_in, c_out = kernels.shape
-    tables = turns(points, sizes, places(tuple(spatial)))
-    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in tables)  # (points, taps)
+    phases = phases or (1,) * len(spatial)
+    turn, remainder = np.divmod(places(tuple(spatial)), phases)
+    phase = np.ravel_multi_index(tuple(remainder.T), phases)
+    cosines, sines = (jnp.asarray(t, kernels.dtype) for t in turns(points, sizes, turn))  # (points, taps)
     count, frequencies = cosines.shape[1], len(points)
+    own = np.arange(math.prod(phases))[:, None] == phase  # (phases, taps)
+
+    def over_phase(x: Array) -> Array:
+        """``(points, taps, c_in)`` added up over the taps of each phase: ``(points, phases, c_in)``."""
+        if len(own) == 1:
+            return jnp.sum(x, axis=1, keepdims=True)
+        return jnp.einsum("pt,ftc->fpc", own.astype(x.dtype), x, precision=HIGHEST)
 
     def one(kernel: Array, vectors: Array) -> tuple[Array, Array, Array]:
         """Values ``(points,)``, inputs as each tap meets them ``(points, 2, taps, c_in)``, outputs."""
@@ -194,9 +207,10 @@ def power_step(kernels: Array, state: GridState, points: np.ndarray, sizes: tupl
         product = product.T.reshape(frequencies, 2, count, c_in)
         real, imag = product[:, 0], product[:, 1]  # F y: each tap meets the same vectors, and turns what comes out
         c, s = cosines[..., None], sines[..., None]
-        image = jnp.stack([jnp.sum(c * real - s * imag, axis=1), jnp.sum(s * real + c * imag, axis=1)], 1)
-        _, x = _normalise(image)
-        turned = jnp.swapaxes(_turn_back(x[:, None], cosines, sines), 1, 2)  # Fᴴ x: each tap meets them turned back
+        image = jnp.stack([over_phase(c * real - s * imag), over_phase(s * real + c * imag)], 1)
+        _, x = _normalise(image.reshape(frequencies, 2, -1))
+        at_taps = jnp.swapaxes(x.reshape(frequencies, 2, -1, c_in), 1, 2)[:, phase]
+        turned = jnp.swapaxes(_turn_back(at_taps, cosines, sines), 1, 2)  # Fᴴ x: each tap meets its phase turned back
         image = lax.dot_general(turned.reshape(2 * frequencies, -1), rows, (((1,), (0,)), ((), ())), precision=HIGHEST)
         return *_normalise(image.reshape(frequencies, 2, c_out)), turned
 

@@ -112,24 +112,16 @@ class LadderState:
     points: int | None = dataclasses.field(metadata={"static": True})
 
 
-def _as_taken(kernel: Array, spec: ConvSpec, method: str) -> Phased:
-    """The kernels of a layer as a method takes them: a grid has no use for phases."""
-    kernels, phases, factor = phased(kernel, spec)
-    if method == "grid":
-        return Phased(polyphase(kernels, phases), (1,) * len(phases), factor)
-    return Phased(kernels, phases, factor)
-
-
 def _prepare(kernel: Array, spec: ConvSpec, scale: Array | None, method: str) -> tuple[Phased, Array | None]:
-    """`_as_taken`, with the scale of the outputs beside the kernels or, where it must be, in them."""
+    """`phased`, with the scale of the outputs beside the kernels or, where it must be, in them."""
     if scale is None:
-        return _as_taken(kernel, spec, method), None
+        return phased(kernel, spec), None
     c_out = geometry(kernel.shape, spec).c_out
     if scale.shape != (c_out,):
         raise ValueError(f"scale must be ({c_out},), one number for each output of the layer, got {scale.shape}")
     if method != "four" or spec.transposed:
-        return _as_taken(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec, method), None
-    plain = _as_taken(kernel, spec, method)
+        return phased(kernel * (scale[:, None] if spec.transpose_kernel else scale), spec), None
+    plain = phased(kernel, spec)
     return plain, scale.astype(plain.kernels.dtype).reshape(len(plain.kernels), -1)
 
 
@@ -177,8 +169,9 @@ def init(
         raise ValueError(f"points belong to method 'grid', not to {method!r}")
     inner: Any
     if method == "grid":
-        sizes = _grid_sizes(kernels.shape[1:-2], points)
-        frequency.grid_factor(kernels.shape[1:-2], sizes)
+        taps = polyphase_taps(kernels.shape[1:-2], phases)
+        sizes = _grid_sizes(taps, points)
+        frequency.grid_factor(taps, sizes)
         inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
         inner = power.start(key, kernels, phases, len(TRAINING_POWERS) if method == "weighted" else 1)
@@ -191,8 +184,8 @@ def _iterate(
 ) -> Callable[[Any], tuple[Any, Any]]:
     """One power iteration of a method on constant kernels: its singular values with vectors, and the new state."""
     if method == "grid":
-        sizes = _grid_sizes(kernels.shape[1:-2], points)
-        return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes)
+        sizes = _grid_sizes(polyphase_taps(kernels.shape[1:-2], phases), points)
+        return lambda s: frequency.power_step(kernels, s, half_grid(sizes), sizes, phases)
     if method == "four":
         return lambda s: power.step(kernels, s, phases, scale=scale)
     taps = _weights(kernels, phases).taps
@@ -221,7 +214,8 @@ def _fitting(state: LadderState, kernels: Array, phases: tuple[int, ...], shape:
     """The vectors of a state, constant and of the dtype of its kernels, to which they must belong."""
     wanted: tuple[int, ...]
     if state.method == "grid":
-        wanted = frequency.state_shape(kernels, len(half_grid(_grid_sizes(kernels.shape[1:-2], state.points))))
+        sizes = _grid_sizes(polyphase_taps(kernels.shape[1:-2], phases), state.points)
+        wanted = frequency.state_shape(kernels, len(half_grid(sizes)))
     else:
         wanted = power.state_shape(kernels, phases, len(TRAINING_POWERS) if state.method == "weighted" else 1)[0]
     if state.inner.vectors.shape != wanted:
@@ -273,17 +267,16 @@ def step(
     """
     same_kind("state", state, LadderState, "ladder.init(kernel, spec, key=…)")
     (kernels, phases, factor), scale = _prepare(kernel, spec, scale, state.method)
-    spatial = kernels.shape[1:-2]
+    taps = polyphase_taps(kernels.shape[1:-2], phases)
     inner, constant = _fitting(state, kernels, phases, kernel.shape), lax.stop_gradient(kernels)
     how: dict[str, Any] = {"method": state.method, "points": state.points, "iterations": iterations}
     found, inner = _advance(constant, inner, lax.stop_gradient(scale), phases=phases, **how)
     if state.method == "grid":
-        sizes = _grid_sizes(spatial, state.points)
-        value = frequency.differentiable(kernels, found) * frequency.grid_factor(spatial, sizes)
+        value = frequency.differentiable(kernels, found) * frequency.grid_factor(taps, _grid_sizes(taps, state.points))
     elif state.method == "weighted":
         value = _smallest(kernels, found, _weights(constant, phases).factor)
     else:
-        factor *= math.sqrt(math.prod(polyphase_taps(spatial, phases)))
+        factor *= math.sqrt(math.prod(taps))
         value = unfolding.smallest(kernels, unfolding.over_groups(found), scale)
     return value if factor == 1 else value * factor, LadderState(inner, state.method, state.points)
 

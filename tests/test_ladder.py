@@ -284,11 +284,12 @@ def test_a_scale_of_the_outputs_is_as_good_as_one_inside_the_kernel(name, method
         ladder.step(kernel, two, spec, scale=jnp.ones(c_out + 1))
 
 
-def test_a_grid_step_copies_no_kernel():
-    """Temporaries of a step on eight points: the columns in flight, not the kernel."""
-    kernel = jnp.ones((3, 3, 128, 256))
-    state = ladder.init(kernel, key=jax.random.key(0), points=8, warmup=0)
-    compiled = jax.jit(jax.grad(lambda k, s: ladder.step(k, s)[0])).lower(kernel, state).compile()
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_grid_step_copies_no_kernel(strides):
+    """Temporaries of a step on eight points: the columns in flight, not the kernel; of a strided one, neither."""
+    kernel, spec = jnp.ones((3, 3, 128, 256)), f4.ConvSpec(strides=strides)
+    state = ladder.init(kernel, spec, key=jax.random.key(0), points=8, warmup=0)
+    compiled = jax.jit(jax.grad(lambda k, s: ladder.step(k, s, spec)[0])).lower(kernel, state).compile()
     columns = 2 * len(state.inner.vectors[0])
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * kernel.nbytes * columns / 256
 
