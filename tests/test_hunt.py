@@ -1,13 +1,17 @@
-"""A long hunt through random networks for a bound below the truth: make fuzz. Many weights for each architecture."""
+"""Long hunts for a bound below the truth, through random networks and random geometries of layers: make fuzz."""
 
 import os
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
-from fantastic4 import lipschitz
+import fantastic4 as f4
+from fantastic4 import border, conv, lipschitz
+from fantastic4.bounds import METHODS
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))
 CASES = int(os.environ.get("FUZZ_CASES", 10_000))
@@ -96,3 +100,72 @@ def test_many_random_networks(smooth, x64):
                 worst = max(worst, truth[i] / max(float(limit), 1e-300))
         done += EACH
         print(f"{done} networks, nearest to the bound: {worst:.4f} of it", flush=True)
+
+
+ZERO, WRAP = ("SAME", "SAME_LOWER", "VALID"), ("CIRCULAR", "REFLECT", "EDGE")
+
+
+def any_layer(rng):
+    """Kernel shape, input size and spec of a layer with any geometry, small enough for a matrix."""
+    rank = int(rng.choice([1, 2, 2, 3]))
+    each = lambda low, high: tuple(int(n) for n in rng.integers(low, high + 1, rank))
+    taps, strides, dilation = each(1, (7, 4, 3)[rank - 1]), each(1, 4), each(1, 3 if rank < 3 else 2)
+    size = each(1, (12, 6, 3)[rank - 1])
+    ends = lambda: (
+        max(-(n // 2), e) for n, e in zip(size, each(-2, 4), strict=True)
+    )  # half of an axis cropped, at most
+    spec = {"strides": strides, "dilation": dilation}
+    spec["padding"] = [
+        lambda: str(rng.choice(ZERO)),
+        lambda: str(rng.choice(WRAP)),
+        lambda: int(rng.integers(0, 4)),
+        lambda: tuple(zip(ends(), ends(), strict=True)),
+    ][rng.integers(4)]()
+    groups = 1
+    if rng.random() < 0.25:
+        words = ("SAME", "VALID", "CIRCULAR")
+        spec["padding"] = str(rng.choice(words)) if isinstance(spec["padding"], str) else spec["padding"]
+        spec |= {"transposed": True, "transpose_kernel": bool(rng.integers(2))}
+    else:
+        if rank == 1 and rng.random() < 0.2:
+            spec["padding"] = "CAUSAL"
+        groups = spec["groups"] = int(rng.integers(1, 3))
+    c_in, c_out = int(rng.integers(1, 3)), int(rng.integers(1, 3)) * groups
+    return (*taps, c_in, c_out), size, spec
+
+
+def supremum(kernels):
+    """Of the norms of plain kernels on any circle, from above: a grid in NumPy, times what it may miss."""
+    sizes = tuple(8 * k if k > 1 else 1 for k in kernels.shape[1:-2])
+    missed = np.prod([np.cos(np.pi * (k - 1) / (2 * n)) for k, n in zip(kernels.shape[1:-2], sizes, strict=True)])
+    return max(float(oracle.circular_values(kernel, sizes)[0]) for kernel in kernels) / missed
+
+
+@pytest.mark.fuzz
+def test_many_random_geometries():
+    """The canonical form and the covers, in NumPy; every bound and the interval for one in fifty of them."""
+    nearest = 0.0
+    for number in range(CASES // 10):
+        rng = np.random.default_rng([SEED, 2, number])
+        shape, size, spec = any_layer(rng)
+        kernel = cases.draw(rng, shape, str(rng.choice(cases.KINDS)))
+        truth = oracle.norm(oracle.dense(kernel, size, **spec)) * (1 - 3e-7)  # the oracle's convolution is float32
+        what = f"seed {SEED}, layer {number}: {shape}, {size}, {spec}"
+        ours = f4.ConvSpec(**spec)
+        kernels, factor = conv.canonical(kernel, ours)
+        limit = supremum(np.asarray(kernels)) * factor
+        assert limit >= truth, what
+        nearest = max(nearest, truth / max(limit, 1e-300))
+        for cover in border.covers(shape, ours, size):
+            fields = ("strides", "dilation", "groups", "padding", "transposed", "transpose_kernel")
+            circle = oracle.dense(kernel, cover.input_shape, **{f: getattr(cover.spec, f) for f in fields})
+            assert cover.factor * oracle.norm(circle) * (1 + 3e-7) >= truth, (what, cover)
+        if number % 50 == 0:
+            for method in METHODS:
+                assert float(f4.bound(kernel, ours, method=method)) >= truth, (what, method)
+            own, every = (f4.norm_interval(kernel, ours, 1e-3, input_shape=n) for n in (size, None))
+            assert own.lower * (1 - 6e-7) <= truth <= own.upper, what
+            assert max(truth, every.lower) <= every.upper, what
+        if number % 250 == 249:
+            jax.clear_caches()
+            print(f"{number + 1} layers, nearest to the bound: {nearest:.4f} of it", flush=True)
