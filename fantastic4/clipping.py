@@ -67,10 +67,15 @@ def clip_singular_values(
     kernel = real_array(kernel, "kernel")
     maximum = jnp.asarray(maximum, kernel.dtype)
     layer = geometry(kernel.shape, spec)
-    shape = check_circular(input_shape, layer, spec)
+    shape, taps = check_circular(input_shape, layer, spec), layer.taps
+    if not crop:
+        if spec.transposed or any(d != 1 for d in layer.dilation):
+            raise ValueError("crop=False is for convolutions without dilation that are not transposed: use crop=True")
+        # Every phase of the stride has taps in what comes out.
+        behind = [(0, max(0, s - k)) for k, s in zip(taps, layer.strides, strict=True)]
+        kernel = jnp.pad(kernel, [*behind, (0, 0), (0, 0)])
+        layer = geometry(kernel.shape, spec)
     grid = frequency_grid(layer, spec, shape)
-    if not crop and (spec.transposed or any(d != 1 for d in layer.dilation)):
-        raise ValueError("crop=False is for convolutions without dilation that are not transposed: use crop=True")
     to_canonical = lambda k: canonical(k, spec, shape).kernels  # noqa: E731
     kernels = to_canonical(kernel)
     finite = all_finite(kernels)
@@ -78,7 +83,7 @@ def clip_singular_values(
     change = _change(jnp.where(finite, kernels, 0) * inverse, grid, maximum * inverse, crop=crop) * scale
     change = jnp.where(finite, change, jnp.nan)
     if not crop:
-        return _whole(kernel, change, shape, spec)
+        return _whole(kernel, change, shape, spec, taps)
     # Every tap of the kernel is one entry of its canonical form: the transposed map takes it out again.
     (back,) = jax.linear_transpose(to_canonical, kernel)(change)
     clipped = kernel + back
@@ -130,12 +135,12 @@ def _change(kernels: Array, grid: Grid, maximum: Array, *, crop: bool) -> Array:
     return total
 
 
-def _whole(kernel: Array, change: Array, shape: tuple[int, ...], spec: ConvSpec) -> Array:
-    """The clipped layer with one tap for every input, centred as the kernel was."""
+def _whole(kernel: Array, change: Array, shape: tuple[int, ...], spec: ConvSpec, taps: tuple[int, ...]) -> Array:
+    """The clipped layer with one tap for every input, centred as a kernel with so many taps was."""
     size = (*shape, *kernel.shape[-2:])
     folded = jnp.zeros(size, kernel.dtype)
     place = np.meshgrid(*(np.arange(k) % n for k, n in zip(kernel.shape[:-2], shape, strict=True)), indexing="ij")
     folded = folded.at[tuple(place)].add(kernel)
     (back,) = jax.linear_transpose(lambda k: canonical(k, spec, shape).kernels, folded)(change)
-    shift = tuple((n - 1) // 2 - (k - 1) // 2 for n, k in zip(shape, kernel.shape, strict=False))
+    shift = tuple((n - 1) // 2 - (k - 1) // 2 for n, k in zip(shape, taps, strict=True))
     return jnp.roll(folded + back, shift, tuple(range(len(shape))))

@@ -111,6 +111,8 @@ def norm_interval(
     values = np.asarray(kernel).astype(np.float64)
     if not np.isfinite(values).all():
         return Interval(math.nan, math.nan, False)
+    if shape is not None and _vanish(values):
+        values = np.where(_that_meet(values, spec, shape), values, 0.0)
     largest = float(np.abs(values).max())
     if largest == 0:
         return Interval(0.0, 0.0, True)
@@ -123,6 +125,20 @@ def norm_interval(
             lower, upper = _one_size(scaled, spec, shape, rtol, max_tests, mesh)
     lower, upper = _scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf)
     return Interval(lower, upper, bool(upper <= (1 + wanted) * lower * _UP))
+
+
+def _vanish(values: np.ndarray) -> bool:
+    """Whether some entries are nothing beside the largest, even in float64."""
+    sizes = np.abs(values[values != 0])
+    return bool(sizes.size) and math.frexp(sizes.max())[1] - math.frexp(sizes.min())[1] > 1000
+
+
+def _that_meet(values: np.ndarray, spec: ConvSpec, shape: tuple[int, ...]) -> np.ndarray:
+    """Which entries meet the input: beside those that do not, all that count may be too small to be kept."""
+    with _float64():
+        x = np.ones((*shape, geometry(values.shape, spec).c_in))
+        times = jax.grad(lambda kernel: jnp.sum(jacobian.forward(kernel, x, spec)))(jnp.zeros(values.shape))
+    return np.asarray(times) > 0
 
 
 def _scaled(value: float, exponent: int, outward: float) -> float:

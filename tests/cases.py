@@ -33,6 +33,7 @@ LAYERS = {
     "stride-over-kernel": ((2, 2, 2, 2), (7, 7), {"strides": 3}),
     "stride-circular": ((3, 3, 2, 2), (6, 4), {"strides": 2, "padding": "CIRCULAR"}),
     "stride-circular-wrapping": ((3, 3, 1, 2), (5, 7), {"strides": 2, "padding": "CIRCULAR"}),
+    "stride-over-kernel-circular": ((2, 1, 2, 2), (6, 4), {"strides": (3, 2), "padding": "CIRCULAR"}),
     "stride-reflect": ((3, 3, 2, 2), (5, 6), {"strides": 2, "padding": "REFLECT"}),
     "stride-three-reflect": ((3, 3, 1, 2), (4, 6), {"strides": 3, "padding": "REFLECT"}),
     "stride-edge": ((3, 3, 2, 1), (4, 1), {"strides": 3, "padding": "EDGE"}),

@@ -58,8 +58,8 @@ def test_sedghi_and_clipping(name):
     np.testing.assert_array_equal(f4.clip_singular_values(kernel, size, 2 * truth, spec), kernel)
 
 
-@pytest.mark.parametrize("name", ["circular", "circular-even", "circular-small", "stride-circular", "groups-stride",
-                                  "1d-circular", "3d-circular"])  # fmt: skip
+@pytest.mark.parametrize("name", ["circular", "circular-even", "circular-small", "stride-circular",
+                                  "stride-over-kernel-circular", "groups-stride", "1d-circular", "3d-circular"])  # fmt: skip
 def test_clipping_without_cropping_is_the_nearest_layer(name):
     """Entry by entry what NumPy makes of the whole matrix: U min(S, c) Vᵀ."""
     kernel, size, spec, matrix = truth_of(name)

@@ -216,6 +216,21 @@ def test_the_taps_that_meet_the_input_may_be_the_small_ones(small):
     assert found.reached
 
 
+@pytest.mark.parametrize("spec", [{}, {"transposed": True}, {"groups": 2}])
+@pytest.mark.parametrize("small", [3.3e-20, 1e-300])
+def test_the_taps_that_meet_the_input_may_be_nothing_beside_the_others(spec, small):
+    """By more than float64 spans: scaled by the largest of all, they would be 0, and so would the bound."""
+    kernel = np.zeros((3, 1, 2))
+    kernel[0], kernel[2], kernel[1, 0] = 1e300, 1e300, (small, small / 2)
+    found = f4.norm_interval(kernel, f4.ConvSpec(**spec), input_shape=(1,))
+    truth = small if "groups" in spec else math.hypot(small, small / 2)
+    assert truth * (1 - 1e-3) <= found.lower <= truth * (1 + 1e-12)
+    assert truth * (1 - 1e-12) <= found.upper <= truth * (1 + 1e-3)
+    everywhere = f4.norm_interval(kernel, f4.ConvSpec(**spec))
+    assert everywhere.lower <= everywhere.upper
+    assert everywhere.upper >= 1e300
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_ends_of_the_floats():
     tiny, huge = np.full((1, 1, 2), 5e-324), np.full((3, 1, 1), 1e308)
