@@ -75,7 +75,8 @@ class ConvSpec:
 
     def __post_init__(self):
         for name in ("strides", "dilation", "padding"):
-            object.__setattr__(self, name, _hashable(getattr(self, name)))
+            value = _hashable(getattr(self, name))
+            object.__setattr__(self, name, value.upper() if isinstance(value, str) else value)  # JAX takes "same"
         for name in ("transposed", "transpose_kernel"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -149,8 +150,8 @@ class ConvSpec:
             )
         transposed = hasattr(layer, "transpose_kernel")
         return cls(
-            strides=layer.strides or 1,
-            dilation=layer.kernel_dilation or 1,
+            strides=1 if layer.strides is None else layer.strides,
+            dilation=1 if layer.kernel_dilation is None else layer.kernel_dilation,
             groups=getattr(layer, "feature_group_count", 1),
             padding=layer.padding,
             transposed=transposed,

@@ -136,7 +136,7 @@ def _vanish(values: np.ndarray) -> bool:
 def _that_meet(values: np.ndarray, spec: ConvSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Which entries meet the input: beside those that do not, all that count may be too small to be kept."""
     with _float64():
-        x = np.ones((*shape, geometry(values.shape, spec).c_in))
+        x = jnp.ones((*shape, geometry(values.shape, spec).c_in))
         times = jax.grad(lambda kernel: jnp.sum(jacobian.forward(kernel, x, spec)))(jnp.zeros(values.shape))
     return np.asarray(times) > 0
 

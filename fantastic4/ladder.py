@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fantastic4 import frequency, gram, power, unfolding
+from fantastic4 import frequency, gram, msgpack, power, unfolding
 from fantastic4.conv import ConvSpec, Phased, geometry, phased, polyphase, polyphase_taps
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import pairs_gradient
@@ -96,6 +96,7 @@ def matrix_gram(kernels: Array, iterations: int) -> Array:
     return round_up(jnp.min(jnp.concatenate(each)) * scale, 2)
 
 
+@msgpack.state
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LadderState:
@@ -164,6 +165,7 @@ def init(
       ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid, a ``scale`` that
         is not one number for each output.
     """
+    msgpack.register()
     (kernels, phases, _), scale = _prepare(lax.stop_gradient(kernel), spec, lax.stop_gradient(scale), method)
     if points is not None and method != "grid":
         raise ValueError(f"points belong to method 'grid', not to {method!r}")

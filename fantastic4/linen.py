@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
+from flax.core import meta
 from jax import Array
 
 from fantastic4.wrapping import Wrapping, spec_of
@@ -32,7 +33,8 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
 
     def change(variables: Any) -> Any:
         params = dict(variables["params"])
-        kernel, mask = params["kernel"], getattr(layer, "mask", None)
+        stored, mask = params["kernel"], getattr(layer, "mask", None)
+        kernel = meta.unbox(stored)  # nn.with_partitioning puts it into a box
         used = kernel if mask is None else kernel * mask
         if module.has_variable(COLLECTION, "state"):
             value, new = how.estimate(used, module.get_variable(COLLECTION, "state"))
@@ -40,7 +42,8 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
             new = how.start(used, module.make_rng("params"))
             value, _ = how.estimate(used, new)
         found.update(value=value, state=new)
-        return {**variables, "params": params | {"kernel": how.normalise(kernel, value)}}
+        normalised = meta.replace_boxed(stored, how.normalise(kernel, value))
+        return {**variables, "params": params | {"kernel": normalised}}
 
     # Read-only: what the layer sees is not written back to the params, not even by init.
 
@@ -52,7 +55,8 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
         module.put_variable(COLLECTION, "state", found["state"])
         module.put_variable(COLLECTION, "bound", found["value"])
     if module.mode == "penalty" and not module.is_initializing():
-        module.sow(LOSSES, "spectral", found["value"])
+        # The last value alone: a layer that is called twice has one kernel, and losses may come back with variables.
+        module.sow(LOSSES, "spectral", found["value"], reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return out
 
 
@@ -63,7 +67,8 @@ class SpectralBound(nn.Module):
     state is in the collection ``"spectral_stats"``: ``state``, and ``bound``, the last value, to log. The stored
     params are never touched, and stay where they are without the wrapper.
 
-    * ``mode="penalty"`` sows the bound into the collection ``"losses"``, for whoever makes ``"losses"`` mutable.
+    * ``mode="penalty"`` sows the bound into the collection ``"losses"``, for whoever makes ``"losses"`` mutable: once
+      for a layer, however often it is called.
     * ``mode="soft"`` has the layer use kernel · min(1, maximum / bound), as SNGP does.
     * ``mode="hard"`` has it use kernel · maximum / bound, as Miyato et al. (2018) with their heuristic.
 
@@ -82,11 +87,12 @@ class SpectralBound(nn.Module):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
+    from flax.core import meta
       >>> from fantastic4 import linen
       >>> model = linen.SpectralBound(nn.Conv(4, (3, 3)))
       >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
       >>> y, new = model.apply(variables, jnp.ones((1, 8, 8, 2)), mutable=["spectral_stats", "losses"])
-      >>> y.shape, bool(new["losses"]["spectral"][0] > 0)
+      >>> y.shape, bool(new["losses"]["spectral"] > 0)
       ((1, 8, 8, 4), True)
     """
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fantastic4 import ladder
+from fantastic4 import ladder, msgpack
 from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice, count, number, optional, same_kind
 from fantastic4.kernels import Dense, Layer, Select, Spec, Stacked, find, leaves_at, replace, some
@@ -34,6 +34,7 @@ REDUCTIONS = ("sum", "squared", "log")
 _ALONE = 2**14  # entries from which a kernel is not put beside others of its shape: to copy and to compile costs more
 
 
+@msgpack.state
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NetworkState:
@@ -104,6 +105,7 @@ def _starts(
     return tuple(starts)
 
 
+@usual_promotion
 def init(
     params: Any,
     *,
@@ -132,6 +134,7 @@ def init(
     Raises:
       ValueError: what `find` and `fantastic4.ladder.init` refuse.
     """
+    msgpack.register()
     layers = find(params, select=select, specs=specs)
     leaves, groups = leaves_at(params, layers), _groups(layers)
     method, points = choice(*ladder.TRAINING_METHODS)("method", method), optional(count(1))("points", points)

@@ -42,7 +42,7 @@ class SpectralBound(nnx.Module):
 
     def __init__(
         self,
-        layer_instance: nnx.Module,
+        layer_instance: Any,
         *,
         mode: str = "penalty",
         maximum: float = 1.0,
@@ -70,6 +70,11 @@ class SpectralBound(nnx.Module):
           ValueError: a layer of another kind, one with an injected convolution, or an unknown option.
         """
         spec = spec_of(layer_instance, type(layer_instance).__name__, (nnx.Conv, nnx.ConvTranspose), nnx.Linear)
+        if layer_instance.kernel.get_metadata().get("on_get_value") is not None:
+            raise ValueError(
+                f"the kernel of {type(layer_instance).__name__} has an on_get_value hook, which a copy of it would go "
+                "through twice: store what it computes"
+            )
         self.layer_instance = layer_instance
         self.how = Wrapping(spec, mode, maximum, method, points, iterations, warmup)
         self.update_stats = update_stats

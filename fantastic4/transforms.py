@@ -1,7 +1,8 @@
 """The bounds as optax transformations: a penalty's gradient, projection, clipping. The model does not change at all.
 
 Each works on the whole params tree and by path, as `fantastic4.network` does; put it into ``optax.chain``, ``masked``,
-``multi_transform`` or ``MultiSteps``. Projections come last in a chain, for they must know what will be applied.
+``multi_transform`` or ``MultiSteps``; ``inject_hyperparams`` needs the whole numbers (``iterations``, ``warmup``,
+``every``) as ``static_args``. Projections come last in a chain, for they must know what will be applied.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ def add_spectral_penalty(
         value, new, gradients = network.step_with_gradients(leaves, state.network, **how)
         scale = beta(state.updates) if callable(beta) else beta
         old = network.leaves_at(updates, state.network.layers, "the layers of this optimiser state")
-        added = {path: old[path] + (scale * gradients[path]).astype(old[path].dtype) for path in leaves}
-        return network.replace(updates, added), PenaltyState(optax.safe_increment(state.updates), new, value)
+        scaled = {path: jnp.asarray(scale, gradient.dtype) * gradient for path, gradient in gradients.items()}
+        added = {path: old[path] + scaled[path].astype(old[path].dtype) for path in leaves}
+        count = optax.safe_increment(state.updates)
+        return network.replace(updates, added), PenaltyState(count, new, value.astype(state.penalty.dtype))
 
     return optax.GradientTransformation(init, update)
 
@@ -139,7 +142,8 @@ def project_spectral_norm(
     The projection of Gouk et al. (2021), by a bound that is sound for the convolution where theirs is an estimate.
     After every projection ``fantastic4.bound(kernel, spec, method=method)`` of what ``optax.apply_updates`` makes is
     at most ``maximum``: the very floats are checked, in half precision too. So it must be last in its chain. Updates
-    narrower than their params come out in the params' type.
+    narrower than their params come out in the params' type. One update in half precision cannot take a kernel far: from
+    a hundred times the maximum its direction suffers, from a thousand it may become 0: give those float32 updates.
 
     Args:
       maximum: the limit, a positive number.
@@ -186,7 +190,8 @@ def project_spectral_norm(
             now = bound_after(update)
             above = now > limit
             # More of a margin at each try, for rounding may lift it above the limit again.
-            ratio = limit / now * jnp.maximum(1 - 2 * jnp.finfo(old.dtype).eps * 4.0**tries, 0)
+            margin = 2 * float(jnp.finfo(old.dtype).eps) * jnp.asarray(4, wide) ** tries
+            ratio = limit / now * jnp.maximum(1 - margin, 0)
             scale = jnp.where(above, scale * ratio, scale)
             shrunk = (new * of_layers(scale) - old.astype(wide)).astype(given.dtype)
             return scale, jnp.where(of_layers(above), shrunk, update), above, tries + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class Wrapping:
         scale = jnp.minimum(1, scale) if self.mode == "soft" else scale
         # Behind a barrier, or XLA computes this scalar again for every entry of the kernel.
         scale = lax.optimization_barrier(jnp.where(positive, scale, 1))
-        return (kernel * scale).astype(kernel.dtype)
+        return (kernel.astype(scale.dtype) * scale).astype(kernel.dtype)
 
 
 def _kernel(kernel: Array) -> Array:
@@ -92,16 +93,20 @@ def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) 
       dense: the class of matrices, which count as convolutions with one tap.
 
     Raises:
-      ValueError: another kind of layer, a subclass with a call of its own, or an injected operation.
+      ValueError: another kind of layer, a subclass with a call or a param method of its own, or an injected operation.
     """
     name = type(layer).__name__
-    kind = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
-    if kind is None or type(layer).__call__ is not kind.__call__:
+    kind: Any = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
+    # `param` is what linen's layers get their kernel from: weight standardisation has been written into it.
+    if kind is None or any(getattr(type(layer), m, None) is not getattr(kind, m, None) for m in ("__call__", "param")):
         known = ", ".join(k.__name__ for k in (*convolutions, dense))
         raise ValueError(
-            f"{path}: {name} is not a {known}, or has a call of its own: wrap the layers in it, or use "
-            "fantastic4.network on the params"
+            f"{path}: {name} is not a {known}, or has a call or a param method of its own: wrap the layers in it, or "
+            "use fantastic4.network on the params"
         )
+    usual = inspect.signature(kind.__init__).parameters.get("promote_dtype")
+    if usual is not None and layer.promote_dtype is not usual.default:
+        raise ValueError(f"{path}: {name} has its own promote_dtype: what it computes with is not known")
     if kind is dense:
         for field in ("dot_general", "dot_general_cls"):
             if getattr(layer, field, None) not in (None, lax.dot_general):

@@ -122,3 +122,9 @@ def test_from_torch_takes_tensors_by_the_array_protocol():
             return np.zeros((2, 3, 1), np.float32)
 
     assert f4.from_torch(Tensor()).shape == (1, 3, 2)
+
+
+def test_what_flax_takes_besides():
+    """Words in lower case, and strides that are an array."""
+    layer = nn.Conv(2, (3, 3), strides=np.array([2, 1]), padding="same")
+    assert f4.ConvSpec.from_layer(layer) == f4.ConvSpec(strides=(2, 1), padding="SAME")

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import fantastic4 as f4
-from fantastic4 import jacobian, lipschitz, network, robustness
+from fantastic4 import jacobian, linen, lipschitz, network, robustness, transforms
 
 K = np.ones((3, 3, 2, 4), np.float32)
 KEY = jax.random.key(0)
@@ -138,3 +138,10 @@ def test_a_strict_configuration_is_for_the_users_code(setting, strict):
         lipschitz.curvature(lambda x: jnp.sum(jnp.tanh(x @ w)), jnp.ones((1, 3)))
         state = network.init({"kernel": kernel}, method="grid", key=jax.random.key(1))
         jax.grad(lambda params: network.step(params, state)[0])({"kernel": kernel})
+        half = {"kernel": kernel.astype(jnp.bfloat16)}
+        penalty = transforms.add_spectral_penalty(lambda count: 0.1 * jnp.ones(()))
+        penalty.update(half, penalty.init(half), half)
+        for mode in ("soft", "hard"):
+            linen.SpectralBound(nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), mode=mode).init(
+                jax.random.key(0), jnp.ones((1, 3), jnp.bfloat16)
+            )

@@ -59,7 +59,8 @@ def test_sedghi_and_clipping(name):
 
 
 @pytest.mark.parametrize("name", ["circular", "circular-even", "circular-small", "stride-circular",
-                                  "stride-over-kernel-circular", "groups-stride", "1d-circular", "3d-circular"])  # fmt: skip
+                                  "stride-over-kernel-circular", "groups-stride", "1d-circular",
+                                  "3d-circular"])  # fmt: skip
 def test_clipping_without_cropping_is_the_nearest_layer(name):
     """Entry by entry what NumPy makes of the whole matrix: U min(S, c) Vᵀ."""
     kernel, size, spec, matrix = truth_of(name)

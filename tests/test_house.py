@@ -20,7 +20,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"devices", "promotion"},
+    {"devices", "promotion", "msgpack"},
     {"rounding", "linalg", "entry", "expression", "tables"},
     {"conv", "dense", "symbol", "jets"},
     {"border", "unfolding", "gram", "supremum", "tails"},

@@ -7,6 +7,7 @@ import optax
 import oracle
 import pytest
 from flax import linen as nn
+from flax import serialization
 
 import fantastic4 as f4
 from fantastic4 import network, transforms
@@ -300,3 +301,35 @@ def test_a_layer_within_its_limit_is_left_alone_beside_another():
     found = optax.apply_updates(stacked, updates)["layers"]["kernel"]
     np.testing.assert_array_equal(found[0], stacked["layers"]["kernel"][0])
     assert np.linalg.norm(found[1], 2) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_projection_of_narrow_params_among_wide_numbers(dtype, x64):
+    tree = {"kernel": jnp.ones((3, 3, 2, 2), dtype)}
+    tx = transforms.project_spectral_norm(0.5)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
+    after = optax.apply_updates(tree, updates)["kernel"]
+    assert after.dtype == dtype
+    assert 0.45 < float(f4.bound(after)) <= 0.5
+
+
+def test_penalty_keeps_its_type_among_wide_numbers(x64):
+    tree = {"kernel": jnp.ones((3, 3, 2, 2), jnp.float32)}
+    tx = transforms.add_spectral_penalty(np.float64(0.1), threshold=np.float64(0.2))
+    updates, after = tx.update(tree, tx.init(tree), tree)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, tx.init(tree))
+    assert updates["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["four", "grid"])
+def test_states_are_kept_by_msgpack(params, method):
+    """Of an optimiser, with all that is static in it; and training goes on from the bytes as from the state."""
+    tx = optax.chain(transforms.add_spectral_penalty(0.1, method=method), optax.adam(1e-2))
+    step = jax.jit(lambda state: tx.update(params, state, params))
+    _, state = step(tx.init(params))
+    kept = serialization.from_bytes(tx.init(params), serialization.to_bytes(state))
+    assert jax.tree.structure(kept) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    jax.tree.map(np.testing.assert_array_equal, step(kept), step(state))
+    with pytest.raises(ValueError, match="LadderState has 2 arrays, what was kept has 1"):
+        serialization.from_state_dict(network.init(params, key=KEY).inner[0], {"0": 1.0})

@@ -66,7 +66,7 @@ def test_linen_and_nnx_agree_and_hold(name):
         np.testing.assert_array_equal(module.layer_instance.kernel[...], params["kernel"])  # google/flax#5576
         assert ("losses" in new) is (mode == "penalty")
         if mode == "penalty":
-            np.testing.assert_allclose(f4nnx.penalty(module), new["losses"]["spectral"][0], rtol=1e-6)
+            np.testing.assert_allclose(f4nnx.penalty(module), new["losses"]["spectral"], rtol=1e-6)
         else:
             assert float(f4nnx.penalty(module)) == 0
 
@@ -378,7 +378,7 @@ INJECTED = {"conv_general_dilated": lambda *a, **k: jax.lax.conv_general_dilated
 BAD = {
     "enc/Conv_0: Conv has its own conv_general_dilated": lambda: Outer(nn.Conv, {"kernel_size": (3,), **INJECTED}),
     "enc/Embed_0: Embed is not a Conv, ConvTranspose": lambda: Outer(nn.Embed, {"num_embeddings": 3}),
-    "enc/Odd_0: Odd is not a .*, or has a call of its own": lambda: Outer(Odd, {}),
+    "enc/Odd_0: Odd is not a .*, or has a call or a param method": lambda: Outer(Odd, {}),
     "enc/Dense_0: Dense has its own dot_general": lambda: Outer(nn.Dense, {"dot_general": lambda *a, **k: 0}),
 }
 
@@ -423,5 +423,60 @@ def test_errors():
             linen.SpectralBound(nn.Conv(4, (3, 3)), **{field: value}).init(KEY, X)
         with pytest.raises(ValueError, match=message):
             f4nnx.SpectralBound(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0), **{field: value})
-    with pytest.raises(ValueError, match=r"LoRALinear: LoRALinear is not a .*, or has a call of its own"):
+    with pytest.raises(ValueError, match=r"LoRALinear: LoRALinear is not a .*, or has a call or a param method"):
         f4nnx.SpectralBound(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+
+
+class Standardised(nn.Conv):
+    """Weight standardisation, as it is written in Flax."""
+
+    def param(self, name, *args, **kwargs):
+        found = super().param(name, *args, **kwargs)
+        return (found - found.mean((0, 1, 2))) / (found.std((0, 1, 2)) + 1e-5) if name == "kernel" else found
+
+
+@pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+def test_a_layer_that_computes_with_another_kernel_is_refused():
+    """It was bounded by the kernel as stored: held to 1, such a layer had norm 12."""
+    tenfold = lambda x, kernel, bias, **_: (x, 10 * kernel, bias)
+    doubled = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    doubled.kernel = nnx.Param(doubled.kernel[...], on_get_value=lambda _, kernel: 2 * kernel)
+    with pytest.raises(ValueError, match=r"Standardised is not a .*, or has a call or a param method of its own"):
+        linen.SpectralBound(Standardised(4, (3, 3)), mode="hard").init(KEY, X)
+    for layer in (nn.Dense(4, promote_dtype=tenfold), nn.Conv(4, (3, 3), promote_dtype=tenfold)):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__} has its own promote_dtype"):
+            linen.SpectralBound(layer, mode="hard").init(KEY, X)
+    with pytest.raises(ValueError, match="Conv has its own promote_dtype"):
+        linen.Conv(4, (3, 3), promote_dtype=tenfold).init(KEY, X)
+    for layer, message in (
+        (nnx.Linear(4, 4, rngs=nnx.Rngs(0), promote_dtype=tenfold), "Linear has its own promote_dtype"),
+        (doubled, "the kernel of Linear has an on_get_value hook"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            f4nnx.SpectralBound(layer, rngs=nnx.Rngs(0), mode="hard")
+
+
+@pytest.mark.parametrize("mode", ["penalty", "hard"])
+def test_kernels_in_boxes(mode):
+    """Flax's annotations of sharding: the same numbers, and the params stay in their boxes."""
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
+    for make in (lambda **how: linen.SpectralBound(nn.Conv(4, (3, 3), **how), mode=mode),
+                 lambda **how: linen.Conv(4, (3, 3), mode=mode, **how)):  # fmt: skip
+        plain, ours = make().init(KEY, X), make(kernel_init=boxed).init(KEY, X)
+        assert isinstance(jax.tree.leaves(ours["params"], is_leaf=lambda x: isinstance(x, nn.Partitioned))[1],
+                          nn.Partitioned)  # fmt: skip
+        assert ours["spectral_stats"]["bound"] == plain["spectral_stats"]["bound"]
+        np.testing.assert_array_equal(make(kernel_init=boxed).apply(ours, X), make().apply(plain, X))
+        penalty = lambda v: make().apply(v, X, mutable=["losses"])[1].get("losses", {"spectral": jnp.zeros(())})
+        gradient = jax.grad(lambda v: penalty(v)["spectral"])(ours)["params"]
+        assert jax.tree.structure(gradient) == jax.tree.structure(ours["params"])
+
+
+def test_losses_that_come_back_are_not_added_up():
+    model = linen.SpectralBound(nn.Dense(4))
+    variables = model.init(KEY, X)
+    for _ in range(3):
+        _, new = model.apply(variables, X, mutable=["spectral_stats", "losses"])
+        variables = {**variables, **new}
+    assert len(jax.tree.leaves(new["losses"])) == 1
+    assert new["losses"]["spectral"] == new["spectral_stats"]["bound"]
