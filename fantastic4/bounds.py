@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from fantastic4 import gram, ladder, power, unfolding
 from fantastic4.conv import ConvSpec, canonical, phased, polyphase_taps
+from fantastic4.devices import vary_as
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import with_pairs
 from fantastic4.power import PowerState
@@ -268,6 +269,7 @@ def step(
     state = jax.tree.map(lambda x: lax.stop_gradient(x).astype(kernels.dtype), state)
     iterate = lambda _, state: power.step(constant, state, phases)[1]  # noqa: E731
     if iterations > 1:
+        state = vary_as(state, constant)
         state = lax.fori_loop(0, iterations - 1, iterate, state)
     pairs, state = power.step(constant, state, phases)
     taps = polyphase_taps(kernels.shape[1:-2], phases)

@@ -17,6 +17,7 @@ from jax import Array, lax
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, geometry
 from fantastic4.dense import frobenius_bound
+from fantastic4.devices import vary_as
 from fantastic4.entry import entry, flag, positive, sizes
 from fantastic4.linalg import HIGHEST, all_finite, real_array
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up
@@ -123,7 +124,7 @@ def _change(kernels: Array, grid: Grid, maximum: Array, *, crop: bool) -> Array:
     def add(total: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         return total + at(item), None
 
-    start = jnp.zeros((math.prod(out), batch, c_in, c_out), kernels.dtype)
+    start = vary_as(jnp.zeros((math.prod(out), batch, c_in, c_out), kernels.dtype), kernels)
     total, _ = lax.scan(add, start, (points, often / len(grid.of)))
     total = jnp.moveaxis(total, 1, 0).reshape(batch, *out, c_in, c_out)
     if crop:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax import Array, lax
 from jax.sharding import AxisType, Mesh, PartitionSpec, auto_axes, get_abstract_mesh, use_abstract_mesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def spread(function: Callable[..., Any], mesh: Mesh | None, shared: int, split: int) -> Callable[..., Any]:
@@ -40,6 +42,23 @@ def spread(function: Callable[..., Any], mesh: Mesh | None, shared: int, split: 
             return auto_axes(divided, out_sharding=whole)(*args)
 
     return call
+
+
+def vary_as(tree: T, like: Array) -> T:
+    """Arrays that vary over the devices of a ``shard_map`` as ``like`` does: what a loop starts from must, if it will.
+
+    A constant does not, and JAX refuses a loop whose carry becomes something else than it was.
+    """
+
+    def axes(x: Array) -> frozenset[str]:
+        kind: Any = jax.typeof(x)
+        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+
+    def vary(x: Array) -> Array:
+        missing = tuple(axes(like) - axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
 
 
 def size(mesh: Mesh | None) -> int:

@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from fantastic4 import frequency, gram, msgpack, power, unfolding
 from fantastic4.conv import ConvSpec, Phased, geometry, phased, polyphase, polyphase_taps
+from fantastic4.devices import vary_as
 from fantastic4.entry import choice, count, entry, optional, same_kind
 from fantastic4.linalg import pairs_gradient
 from fantastic4.rounding import constant_up, power_of_two, round_up, subnormal_norm
@@ -177,7 +178,7 @@ def init(
         inner = frequency.start(key, kernels, len(half_grid(sizes)))
     else:
         inner = power.start(key, kernels, phases, len(TRAINING_POWERS) if method == "weighted" else 1)
-    iterate = _iterate(kernels, phases, method, points, scale)
+    iterate, inner = _iterate(kernels, phases, method, points, scale), vary_as(inner, kernels)
     return LadderState(lax.fori_loop(0, warmup, lambda _, s: iterate(s)[1], inner), method, points)
 
 
@@ -208,6 +209,7 @@ def _advance(
     """Some power iterations. A program of its own: of constants, so a derivative passes by it without a look inside."""
     iterate = _iterate(kernels, phases, method, points, scale)
     if iterations > 1:
+        inner = vary_as(inner, kernels)
         inner = lax.fori_loop(0, iterations - 1, lambda _, s: iterate(s)[1], inner)
     return iterate(inner)
 

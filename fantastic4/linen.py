@@ -147,6 +147,8 @@ class Conv(nn.Conv):
     @nn.compact
     def __call__(self, inputs: Array, update_stats: bool | None = None) -> Array:
         """Convolve; ``update_stats`` as in `SpectralBound`."""
+        if type(self).param is not nn.Conv.param:  # the layer inside would never ask it
+            raise ValueError(f"{type(self).__name__} has a param method of its own: bound what it computes with")
         names = {field.name for field in dataclasses.fields(nn.Conv) if field.init} - {"parent", "name"}
         layer = nn.Conv(**{name: getattr(self, name) for name in names})
         nn.share_scope(self, layer)

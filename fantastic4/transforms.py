@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from fantastic4 import network
 from fantastic4.clipping import clip_singular_values
-from fantastic4.devices import on_any_mesh
+from fantastic4.devices import on_any_mesh, vary_as
 from fantastic4.entry import count, positive, sizes
 from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
@@ -199,7 +199,7 @@ def project_spectral_norm(
         # The update that is checked is the loop's own, and lies in memory: computed beside its check, as by a learning
         # rate times a gradient, it might be rounded otherwise there.
         ones = jnp.ones(jax.eval_shape(bound_after, given).shape, wide)
-        carry = (ones, given, ones > 0, jnp.zeros((), jnp.int32))
+        carry = vary_as((ones, given, ones > 0, jnp.zeros((), jnp.int32)), new)
         _, update, above, _ = lax.while_loop(unfinished, shrink, carry)
         return jnp.where(of_layers(above), -old.astype(given.dtype), update)
 

@@ -189,3 +189,29 @@ def test_a_mesh_must_be_a_mesh():
         f4.singular_values(jnp.ones((3, 3, 1, 1)), (4, 4), mesh=8)
     with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh"):
         f4.norm_interval(jnp.ones((3, 3, 1, 1)), mesh="all")
+
+
+def test_a_network_of_its_own_on_every_device(mesh):
+    """In ``shard_map``, whose check of what varies is left on: loops start from constants, which do not."""
+    keys = jax.random.split(KEY, 2)
+    shapes = {"c": (8, 3, 3, 2, 4), "d": (8, 5, 3)}
+    networks = {n: {"kernel": jax.random.normal(k, s)} for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    state = network.init(jax.tree.map(lambda x: x[0], networks), key=KEY)
+    project = transforms.project_spectral_norm(0.5)
+    clip = transforms.clip_spectrum(0.5, {"c/kernel": (4, 4)}, every=1)
+
+    def all_of_it(params):
+        first = network.init(params, key=KEY)
+        grid, _ = f4.ladder.step(params["c"]["kernel"], f4.ladder.init(params["c"]["kernel"], key=KEY, points=4))
+        four, _ = f4.step(params["c"]["kernel"], f4.init(params["c"]["kernel"], key=KEY), iterations=2)
+        penalty = jax.grad(lambda p: network.step(p, state, iterations=2)[0])(params)
+        changes = [
+            tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0] for tx in (project, clip)
+        ]
+        return first.inner, grid, four.values, penalty, changes
+
+    one = lambda params: jax.tree.map(lambda x: x[None], all_of_it(jax.tree.map(lambda x: x[0], params)))
+    places = P(("data", "model"))
+    found = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=places, out_specs=places))(networks)
+    alone = jax.jit(all_of_it)(jax.tree.map(lambda x: x[5], networks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[5], b, rtol=1e-4, atol=1e-5), found, alone)

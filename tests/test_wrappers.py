@@ -448,6 +448,9 @@ def test_a_layer_that_computes_with_another_kernel_is_refused():
             linen.SpectralBound(layer, mode="hard").init(KEY, X)
     with pytest.raises(ValueError, match="Conv has its own promote_dtype"):
         linen.Conv(4, (3, 3), promote_dtype=tenfold).init(KEY, X)
+    halved = type("Halved", (linen.Conv,), {"param": lambda self, *args: nn.Conv.param(self, *args) / 2})
+    with pytest.raises(ValueError, match="Halved has a param method of its own"):
+        halved(4, (3, 3)).init(KEY, X)
     for layer, message in (
         (nnx.Linear(4, 4, rngs=nnx.Rngs(0), promote_dtype=tenfold), "Linear has its own promote_dtype"),
         (doubled, "the kernel of Linear has an on_get_value hook"),
