@@ -87,7 +87,6 @@ class SpectralBound(nn.Module):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
-    from flax.core import meta
       >>> from fantastic4 import linen
       >>> model = linen.SpectralBound(nn.Conv(4, (3, 3)))
       >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
