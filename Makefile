@@ -12,9 +12,10 @@ examples: .venv/demo
 	for example in linen_train_state nnx_optimizer optax_plain gan_discriminator sngp_soft; do \
 		echo "── $$example" && $(BIN)/python -m examples.$$example || exit 1; done
 
-# Two processes, a file each; one thread of LAPACK in each, or they wait for one another's cores.
+# Two processes, a file each, in their order: the small ones come last. One thread of LAPACK in each, or they wait for
+# one another's cores.
 test: .venv/test
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Each from top to bottom, one after the other: their times are those of one.
 notebooks: .venv/notebooks
