@@ -166,7 +166,7 @@ def init(
       ValueError: an unknown method, a grid that is too coarse, ``points`` for a method without a grid, a ``scale`` that
         is not one number for each output.
     """
-    msgpack.register()
+    msgpack.register()  # also if this is traced: once is enough
     (kernels, phases, _), scale = _prepare(lax.stop_gradient(kernel), spec, lax.stop_gradient(scale), method)
     if points is not None and method != "grid":
         raise ValueError(f"points belong to method 'grid', not to {method!r}")

@@ -117,7 +117,8 @@ class SpectralBound(nn.Module):
           What the layer returns.
 
         Raises:
-          ValueError: a layer of another kind, one with an injected convolution, or no ``"spectral_stats"``.
+          ValueError: a layer of another kind, one that computes with another operation or kernel than its fields and
+            params say, or no ``"spectral_stats"``.
         """
         return _call(self, self.layer_instance, args, kwargs, update_stats)
 

@@ -67,7 +67,8 @@ class SpectralBound(nnx.Module):
           rngs: its ``params`` stream starts the vectors.
 
         Raises:
-          ValueError: a layer of another kind, one with an injected convolution, or an unknown option.
+          ValueError: a layer of another kind, one that computes with another operation or kernel than its fields and
+            Params say, or an unknown option.
         """
         spec = spec_of(layer_instance, type(layer_instance).__name__, (nnx.Conv, nnx.ConvTranspose), nnx.Linear)
         if layer_instance.kernel.get_metadata().get("on_get_value") is not None:

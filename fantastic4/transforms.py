@@ -107,8 +107,8 @@ def add_spectral_penalty(
         old = network.leaves_at(updates, state.network.layers, "the layers of this optimiser state")
         scaled = {path: jnp.asarray(scale, gradient.dtype) * gradient for path, gradient in gradients.items()}
         added = {path: old[path] + scaled[path].astype(old[path].dtype) for path in leaves}
-        count = optax.safe_increment(state.updates)
-        return network.replace(updates, added), PenaltyState(count, new, value.astype(state.penalty.dtype))
+        value = value.astype(state.penalty.dtype)
+        return network.replace(updates, added), PenaltyState(optax.safe_increment(state.updates), new, value)
 
     return optax.GradientTransformation(init, update)
 

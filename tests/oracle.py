@@ -105,6 +105,11 @@ def circular_values(kernel, input_shape):
     return np.sort(np.linalg.svd(np.fft.fftn(folded, axes=range(rank)), compute_uv=False).ravel())[::-1]
 
 
+def missed(taps, sizes):
+    """What of a largest ‖F‖ a grid of these sizes shows at least (Ehlich & Zeller 1964)."""
+    return math.prod(math.cos(math.pi * (k - 1) / (2 * n)) for k, n in zip(taps, sizes, strict=True))
+
+
 def power_unfoldings(kernel, vectors, iterations):
     """Plain power iteration on explicit matrices, to check the fused one: singular values after each count."""
     values = {}
