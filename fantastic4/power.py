@@ -21,8 +21,6 @@ from fantastic4.linalg import HIGHEST, generic, unit
 from fantastic4.unfolding import Pairs, distinct, others
 
 _ROWS = 216  # taps times unfoldings up to which they are one matrix: 7×7, 3×3×3
-_LARGE = 2**20  # entries of a kernel from which on a CPU waits for memory, not for arithmetic
-_COLUMNS, _UNROLLED = 4, 16  # columns, and rows of a kernel, of which LLVM still unrolls all the products
 
 
 class _Reading(NamedTuple):
@@ -152,38 +150,6 @@ def _times(x: Array, factors: Array) -> Array:
     return lax.mul(x, lax.broadcast_in_dim(factors, x.shape, (0, 2)))
 
 
-def _each_tap(x: Array, taps: Array) -> Array:
-    """``(batch, taps, m, c_in)`` times ``(batch, taps, c_in, c_out)``."""
-    return lax.dot_general(x, taps, (((3,), (2,)), ((0, 1), (0, 1))), precision=HIGHEST)
-
-
-def _each_tap_streamed(x: Array, taps: Array) -> Array:
-    """The same, and reads the kernel once.
-
-    A CPU's product of matrices goes through its right operand in narrow columns: where a kernel is larger than the
-    cache, each of its rows is waited for many times. Here one loop reads each row once, for all m columns, and sums
-    `_UNROLLED` of them in registers. They are neighbours, so that each device sums its own of a kernel whose inputs are
-    sharded.
-    """
-    batch, count, c_in, c_out = taps.shape
-    m = x.shape[2]
-    # XLA would make x anew for each row, but does not look through a product.
-    x = lax.dot_general(jnp.eye(m, dtype=x.dtype), x, (((0,), (2,)), ((), ())), precision=HIGHEST)
-    rows = taps.reshape(batch * count, c_in // _UNROLLED, _UNROLLED, c_out)
-    x = x.reshape(m, batch * count, c_in // _UNROLLED, _UNROLLED, 1)
-    zero = jnp.zeros((), taps.dtype)
-    add = lambda a, b: [p + q for p, q in zip(a, b, strict=True)]  # noqa: E731
-    parts = lax.reduce([rows * x[i] for i in range(m)], [zero] * m, add, (2,))
-    return jnp.stack([jnp.sum(part, axis=1) for part in parts], axis=1).reshape(batch, count, m, c_out)
-
-
-def _back(x: Array, taps: Array) -> Array:
-    """What the inputs ``(batch, taps, m, c_in)`` give at the outputs of each tap, ``(batch, taps, m, c_out)``."""
-    if math.prod(taps.shape[1:]) < _LARGE or x.shape[2] != _COLUMNS or taps.shape[2] % _UNROLLED:
-        return _each_tap(x, taps)
-    return lax.platform_dependent(x, taps, cpu=_each_tap_streamed, default=_each_tap)
-
-
 class PowerState(NamedTuple):
     """What the next power step starts from, for all distinct unfoldings.
 
@@ -248,7 +214,7 @@ def step(
         inputs = by_weight(_times(_read(inp, rights), over))
     else:
         inputs = lax.div(scaled, lax.broadcast_in_dim(state.scales, scaled.shape, (0, 2)))
-    bare = _back(scaled, taps)
+    bare = lax.dot_general(scaled, taps, (((3,), (2,)), each_tap), precision=HIGHEST)
     lefts, squares = _collect(out, by_scale(bare))
     # Where nothing came out the state stays: a factor of 0 says so.
     alive = lax.gt(squares, zero)

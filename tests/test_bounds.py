@@ -252,9 +252,8 @@ def test_a_step_reads_the_kernel_twice_and_its_gradient_writes_it_once(strides):
     assert compiled.memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 32, 7), (3, 3, 512, 256)])  # the large one is streamed on a CPU
-def test_a_step_is_one_power_iteration_of_each_matrix(shape):
-    kernel = cases.draw(np.random.default_rng(5), shape, "normal").astype(np.float32)
+def test_a_step_is_one_power_iteration_of_each_matrix():
+    kernel = cases.draw(np.random.default_rng(5), (3, 3, 32, 7), "normal").astype(np.float32)
     state = start(kernel, warmup=0)
     four, after = f4.step(kernel, state)
     ends = np.cumsum([3, 3, 1])
