@@ -74,10 +74,9 @@ class SideBySide(nn.Module):
 
 def parts_of_the_input(rng):
     left, right, last = rng.normal(size=(4, 7)), rng.normal(size=(4, 5)), rng.normal(size=(12, 2))
-    backwards = right[::-1]  # one object: made anew in each call it would be another layer
 
-    def net(x):  # entries 2 and 3 are seen by both
-        parts = [jax.nn.softplus(x[:, :4] @ left), jax.nn.softplus(x[:, :1:-1] @ backwards)]
+    def net(x):  # entries 2 and 3 are seen by both; each call makes its weights anew, and yet is one network
+        parts = [jax.nn.softplus(x[:, :4] @ left.copy()), jax.nn.softplus(x[:, :1:-1] @ right[::-1])]
         return jnp.concatenate(parts, axis=1) @ last
 
     return (1, 6), net, [np.vstack([left, np.zeros((2, 7))]), np.vstack([np.zeros((2, 5)), right])], last

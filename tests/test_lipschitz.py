@@ -193,6 +193,8 @@ EXACT = {
     # linear.py
     "matrix on the right": (lambda x: x @ W, S, norm(W)),
     "matrix on the left": (lambda x: W @ x, (3, 2), norm(W)),
+    "matrix of whole numbers": (lambda x: x @ np.arange(12).reshape(3, 4), S, norm(np.arange(12).reshape(3, 4))),
+    "matrix of truth values": (lambda x: MASK @ x, (3, 2), norm(MASK)),
     "batched matrices": (lambda x: jnp.einsum("bi,bij->bj", x, STACK), S, max(map(norm, STACK))),
     "batched matrices on the left": (lambda x: jnp.einsum("bij,bkj->bki", STACK, x), (2, 3, 4), max(map(norm, STACK))),
     "matrix of several axes in another order": (
@@ -768,6 +770,7 @@ JUMPS = {
     "reciprocal": (lambda x: 1 / x, "'div'", "without a finite slope"),
     "root": (lambda x: jnp.sqrt(jnp.abs(x)), "'sqrt'", "without a finite slope"),
     "kernel of the input": (lambda x: conv(x[None], jnp.ones((1, 3, 1)) * x[0, 0]), "'conv_general_dilated'", "kernel"),
+    "complex matrix": (lambda x: (x @ (1j * W.T)).real, "'dot_general'", "only real ones"),
     "no rule": (lambda x: lax.top_k(x, 2)[0], "'top_k'", "register_rule"),
     "by infinity": (lambda x: jnp.inf / (1 + jnp.exp(x)), "'div'", "div"),
 }  # fmt: skip
@@ -1204,3 +1207,19 @@ class TestStep:
         state = lipschitz.init(net(kernel, scale), x, key=jax.random.key(0), warmup=0)
         step = jax.jit(jax.grad(lambda k, s: lipschitz.step(net(k, s), x, state)[0], argnums=(0, 1)))
         assert step.lower(kernel, scale).compile().memory_analysis().temp_size_in_bytes < kernel.nbytes / 2
+
+
+@pytest.mark.parametrize("other", ["one entry", "shape", "dtype"])
+def test_only_equal_weights_are_one_layer(other):
+    """Weights that are made anew in each call are; those that differ in one entry, or in what their bytes mean, not."""
+    weights = np.random.default_rng(SEED).normal(size=(4, 4)).astype(np.float32)
+    larger = weights.copy()
+    larger[3, 2] = 9
+    second = {
+        "one entry": lambda x: x @ larger.copy(),
+        "shape": lambda x: x[:, :1] @ weights.copy().reshape(1, 16),
+        "dtype": lambda x: x @ weights.copy().view(np.int32),
+    }[other]
+    assert bound(lambda x: x @ weights.copy() - x @ weights.copy(), (1, 4)) == 0
+    both = lambda x: jnp.concatenate([1e-3 * (x @ weights.copy()), second(x)], axis=1)
+    assert_sound(bound(both, (1, 4)), steepest_seen(both, (1, 4)))

@@ -16,7 +16,7 @@ from fantastic4.linalg import widened
 from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
-from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule
+from fantastic4.lipschitz.trace import COMPLEX, Walk, is_constant, out_shape, rule, shape_and_dtype
 
 
 @rule("dot_general")
@@ -28,6 +28,10 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
                                 "constant on the whole space")  # fmt: skip
     signal, matrix = operands if left_first else operands[::-1]
     matrix = jnp.asarray(matrix)
+    if jnp.iscomplexobj(matrix):
+        return walk.refuse(eqn, COMPLEX)
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):  # JAX converts whole numbers and truth values in the product
+        matrix = matrix.astype(jnp.promote_types(shape_and_dtype(eqn.outvars[0])[1], jnp.float32))
     own = int(left_first)
     # In the order of the signal's axes: rows of the matrix are then its entries as they lie in memory.
     pairs = sorted(zip(contract[1 - own], contract[own], strict=True))

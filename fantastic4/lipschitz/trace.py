@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import math
 import os
@@ -54,6 +55,8 @@ MOVES = (
     *("unstack", "tile", "copy", "stop_gradient"),
 )
 """Primitives that do to truth values what they do to numbers."""
+
+COMPLEX = "makes complex numbers: only real ones are known here"
 
 _LARGEST = 100  # operations in one scalar function; what is nested deeper is bounded in parts
 
@@ -129,6 +132,8 @@ class Walk:
         self.sources: list[str] = []
         self.joined: dict[Any, Signal] = {}
         self._done: dict[Any, tuple[Any, list[Any]]] = {}
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._constants: dict[Any, Any] = {}
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -169,11 +174,20 @@ class Walk:
 
         So ``net(x)[0] - net(x)[1]`` has one network, not two.
         """
+        operands = list(map(self._first_equal, operands))
         key = (eqn.primitive, tuple(map(_identity, operands)), tuple((k, _identity(v)) for k, v in eqn.params.items()))
         if key not in self._done:
             # An identity is of objects that live: they are kept.
             self._done[key] = (operands, eqn.params), self._results(eqn, operands)
         return self._done[key][1]
+
+    def _first_equal(self, value: Any) -> Any:
+        """Of a known array the first that was equal to it: ``net`` may make its weights anew in each call."""
+        if not is_known(value) or np.ndim(value) == 0 or not getattr(value, "is_fully_addressable", True):
+            return value
+        if id(value) not in self._contents:
+            self._contents[id(value)] = value, _content(value)
+        return self._constants.setdefault(self._contents[id(value)][1], value)
 
     def _results(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         if all(map(is_constant, operands)):
@@ -203,6 +217,13 @@ class Walk:
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""
         return [Refused(f"{self.label(eqn)} {why}")] * len(eqn.outvars)
+
+
+def _content(array: Any) -> Any:
+    """What equal arrays of one kind have in common, and no others: their bytes, and how JAX computes with them."""
+    kind = type(array), array.shape, array.dtype, *(getattr(array, name, None) for name in ("weak_type", "sharding"))
+    numbers = jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+    return kind, hashlib.sha256(np.ascontiguousarray(numbers).view(np.uint8)).digest()
 
 
 def _identity(value: Any) -> Any:
