@@ -224,7 +224,8 @@ def step(
 
     **Estimates**: power iteration comes to each ‖M‖ from below, so these may be smaller than the
     bounds, and than the norm; `four_bounds` is the sound one. Warm-started, they follow slowly moving
-    weights to within a percent or so.
+    weights to within a percent or so, but not to a singular vector that is exactly orthogonal to theirs, as of a
+    diagonal kernel whose largest entry becomes another.
 
     All unfoldings together cost two passes over the kernel an iteration, and the derivative of
     `FourBounds.min` one outer product more, in forward and in reverse mode. The vectors are held
@@ -240,7 +241,8 @@ def step(
     Returns:
       `FourBounds` and the new state. No gradient flows into or out of the state. A zero kernel gives
       0 and leaves the vectors as they were. From one step to the next the kernel may change its scale
-      by a factor of 1e18 either way; past that, make a new state.
+      by a factor of 1e18 either way; past that, make a new state. Float32 holds it for kernels with norms from
+      1e-35 to 1e35.
 
     Raises:
       ValueError: ``iterations`` < 1, a state that belongs to another kernel, or what `four_bounds` refuses.

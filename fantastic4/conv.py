@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -116,8 +117,8 @@ class ConvSpec:
           `ConvSpec`.
 
         Raises:
-          ValueError: another kind of layer, or one that computes something else than a convolution
-            with one kernel (``ConvLocal``, an injected ``conv_general_dilated``, ``input_dilation``).
+          ValueError: another kind of layer, or one that computes something else than a convolution with its one kernel:
+            ``ConvLocal``, an injected ``conv_general_dilated``, ``input_dilation``, what `as_flax_computes` refuses.
 
         Example:
           >>> from flax import linen as nn
@@ -148,6 +149,7 @@ class ConvSpec:
                 f"{name} has input_dilation {layer.input_dilation}: "
                 "write it as ConvTranspose(strides=…), which computes the same"
             )
+        as_flax_computes(layer, next((kind for kind in type(layer).__mro__ if kind.__module__ in _HOMES), object))
         transposed = hasattr(layer, "transpose_kernel")
         return cls(
             strides=1 if layer.strides is None else layer.strides,
@@ -157,6 +159,31 @@ class ConvSpec:
             transposed=transposed,
             transpose_kernel=transposed and bool(layer.transpose_kernel),
         )
+
+
+_HOMES = ("flax.linen.linear", "flax.nnx.nn.linear", "fantastic4.linen")  # of classes whose layers are what they say
+
+
+def as_flax_computes(layer: Any, kind: Any) -> None:
+    """Refuse a layer that computes something else than ``kind``, or with another kernel than it stores.
+
+    Args:
+      layer: of linen or NNX.
+      kind: the class of Flax that it is an instance of.
+
+    Raises:
+      ValueError: a subclass with a call or a param method of its own, or an injected ``promote_dtype``.
+    """
+    name = type(layer).__name__
+    # `param` is what linen's layers get their kernel from: weight standardisation has been written into it.
+    if any(getattr(type(layer), method, None) is not getattr(kind, method, None) for method in ("__call__", "param")):
+        raise ValueError(
+            f"{name} has a call or a param method of its own: bound the layers in it, or use fantastic4.network on the "
+            "params that it computes with"
+        )
+    usual = inspect.signature(kind.__init__).parameters.get("promote_dtype")
+    if usual is not None and layer.promote_dtype is not usual.default:
+        raise ValueError(f"{name} has its own promote_dtype: what it computes with is not known")
 
 
 class Geometry(NamedTuple):
@@ -352,9 +379,9 @@ def from_torch(weight: ArrayLike, *, transposed: bool = False, groups: int = 1) 
     Args:
       weight: ``(c_out, c_in // groups, *spatial)`` of ``Conv1d`` to ``Conv3d``; with ``transposed`` the
         ``(c_in, c_out // groups, *spatial)`` of ``ConvTranspose1d`` to ``3d``, which PyTorch keeps flipped.
-        A tensor must be on the CPU and detached.
+        A tensor must be on the CPU and detached; JAX arrays may be traced.
       transposed: the weight of a transposed convolution, for ``ConvSpec(transposed=True)``.
-      groups: of a transposed convolution, its groups.
+      groups: of a transposed convolution, its groups; a weight that is not transposed has them in its shape.
 
     Returns:
       ``(*spatial, c_in // groups, c_out)``.
@@ -368,7 +395,7 @@ def from_torch(weight: ArrayLike, *, transposed: bool = False, groups: int = 1) 
       >>> f4.from_torch(np.zeros((64, 3, 7, 5), np.float32)).shape
       (7, 5, 3, 64)
     """
-    weight = np.asarray(weight)
+    weight = weight if isinstance(weight, jax.Array) else np.asarray(weight)
     if weight.dtype == object or not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"weight must be an array of real floats, got dtype {weight.dtype}: a CPU tensor, detached")
     array = jnp.asarray(weight)

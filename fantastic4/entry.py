@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from fantastic4.devices import on_any_mesh
 from fantastic4.promotion import usual_promotion
+
+_UNKNOWN = (np.dtype(object), np.dtype(np.longdouble), np.dtype(np.clongdouble))  # dtypes of NumPy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,7 +46,7 @@ def choice(*options: str) -> Callable[[str, Any], str]:
     """A converter for `entry`: one of these words."""
 
     def convert(name: str, value: Any) -> str:
-        if value not in options:
+        if not isinstance(value, str) or value not in options:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(options)}")
         return value
 
@@ -60,7 +63,10 @@ def flag(name: str, value: Any) -> bool:
 def sizes(name: str, value: Any) -> tuple[int, ...]:
     """A converter for `entry`: one int a spatial axis; a single int is one axis."""
     try:
-        entries = value if isinstance(value, tuple | list) else (operator.index(value),)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        entries = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(n, bool) for n in entries):
+            raise TypeError
         return tuple(operator.index(n) for n in entries)
     except TypeError:
         raise ValueError(
@@ -96,6 +102,26 @@ def not_negative(name: str, value: Any) -> Any:
     return value
 
 
+def _key(value: Any) -> None:
+    """Refuse what is no key of ``jax.random``."""
+    dtype = getattr(value, "dtype", type(value).__name__)
+    if isinstance(dtype, str) or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise ValueError(f"key must be a key, as jax.random.key makes it, got {dtype}")
+
+
+def _arrays(name: str, value: Any) -> None:
+    """Refuse a tree with leaves that JAX cannot take."""
+    for leaf in jax.tree.leaves(value):
+        if not hasattr(leaf, "dtype"):
+            known = {"spec": "a ConvSpec", "state": "what init, or the step before, returned"}
+            wanted = known.get(name, "an array (or a tree of arrays): jnp.asarray makes one")
+            kind = type(leaf).__name__
+            came = kind if leaf is value else f"a {type(value).__name__} with {kind}"
+            raise ValueError(f"{name} must be {wanted}, got {came}")
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _UNKNOWN:
+            raise ValueError(f"{name} has dtype {leaf.dtype}, which JAX does not know: cast it, .astype(np.float32)")
+
+
 def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
 
@@ -123,13 +149,10 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
                 if name in static:
                     given.arguments[name] = static[name](name, value)
                     continue
-                for leaf in jax.tree.leaves(value):
-                    if not hasattr(leaf, "dtype"):
-                        kind = type(leaf).__name__
-                        wanted = (
-                            "a ConvSpec" if name == "spec" else "an array (or a tree of arrays): jnp.asarray makes one"
-                        )
-                        raise ValueError(f"{name} must be {wanted}, got {kind} in {function.__name__}")
+                try:
+                    _key(value) if name == "key" else _arrays(name, value)
+                except ValueError as error:
+                    raise ValueError(f"{error} in {function.__name__}") from None
             return call(*given.args, **given.kwargs)
 
         return checked

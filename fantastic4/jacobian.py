@@ -61,6 +61,9 @@ def _convolve(kernel: Array, x: Array, layer: Geometry, spec: ConvSpec, padding:
         # XLA's CPU convolution reads out of bounds where padding crops much, its adjoint where it adds much.
         inner = strides.pop("lhs_dilation", (1,) * rank)
         widths = [(low, high, d - 1) for (low, high), d in zip(padding, inner, strict=True)]
+        sizes = zip(x.shape[1:-1], widths, strict=True)
+        if any((n - 1) * (d + 1) + 1 + low + high < 0 for n, (low, high, d) in sizes):
+            raise ValueError(f"padding {padding} crops more than an input of spatial size {x.shape[1:-1]} has")
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
         padding = ((0, 0),) * rank
     return lax.conv_general_dilated(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from fantastic4 import ladder
-from fantastic4.conv import ConvSpec
+from fantastic4.conv import ConvSpec, as_flax_computes
 from fantastic4.entry import choice, count, optional, positive
 from fantastic4.frequency import GridState
 from fantastic4.power import PowerState
@@ -97,24 +96,18 @@ def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) 
     """
     name = type(layer).__name__
     kind: Any = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
-    # `param` is what linen's layers get their kernel from: weight standardisation has been written into it.
-    if kind is None or any(getattr(type(layer), m, None) is not getattr(kind, m, None) for m in ("__call__", "param")):
+    if kind is None:
         known = ", ".join(k.__name__ for k in (*convolutions, dense))
         raise ValueError(
-            f"{path}: {name} is not a {known}, or has a call or a param method of its own: wrap the layers in it, or "
-            "use fantastic4.network on the params"
+            f"{path}: {name} is not a {known}: wrap the layers in it, or use fantastic4.network on the params"
         )
-    usual = inspect.signature(kind.__init__).parameters.get("promote_dtype")
-    if usual is not None and layer.promote_dtype is not usual.default:
-        raise ValueError(f"{path}: {name} has its own promote_dtype: what it computes with is not known")
-    if kind is dense:
-        for field in ("dot_general", "dot_general_cls"):
-            if getattr(layer, field, None) not in (None, lax.dot_general):
-                raise ValueError(
-                    f"{path}: {name} has its own {field}: what it computes is not known; bound what it calls"
-                )
-        return ConvSpec()
     try:
-        return ConvSpec.from_layer(layer)
+        as_flax_computes(layer, kind)
+        if kind is not dense:
+            return ConvSpec.from_layer(layer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for field in ("dot_general", "dot_general_cls"):
+        if getattr(layer, field, None) not in (None, lax.dot_general):
+            raise ValueError(f"{path}: {name} has its own {field}: what it computes is not known; bound what it calls")
+    return ConvSpec()

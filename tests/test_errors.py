@@ -19,6 +19,11 @@ def state(kernel, spec=f4.ConvSpec()):  # noqa: B008
     return f4.init(kernel, spec, key=jax.random.key(0), warmup=0)
 
 
+class Tenfold(nn.Conv):
+    def __call__(self, x):
+        return 10 * super().__call__(x)
+
+
 CASES = {
     "rank 2": (lambda: f4.four_bounds(K[0, 0]), r"1 to 3 spatial axes, got \(2, 4\): for a dense kernel use fantastic4.dense"),
     "rank 6": (lambda: f4.four_bounds(np.ones((1,) * 6, np.float32)), "1 to 3 spatial axes, got"),
@@ -26,7 +31,7 @@ CASES = {
     "integers": (lambda: f4.four_bounds(K.astype(np.int32)), "kernel must have a real floating dtype, got int32: cast it"),
     "complex": (lambda: f4.four_bounds(K.astype(np.complex64)), "real floating dtype, got complex64"),
     "booleans": (lambda: f4.bound(K > 0), "real floating dtype, got bool"),
-    "a list": (lambda: f4.four_bounds([[[1.0]]]), "kernel must be an array \\(or a tree of arrays\\): jnp.asarray makes one, got float in four_bounds"),
+    "a list": (lambda: f4.four_bounds([[[1.0]]]), "kernel must be an array \\(or a tree of arrays\\): jnp.asarray makes one, got a list with float in four_bounds"),
     "unknown method": (lambda: f4.bound(K, method="five"), "unknown method 'five': choose one of four"),
     "no spec": (lambda: jacobian.materialise(K, (4, 4), None), r"spec must be a ConvSpec, got NoneType: for a layer, ConvSpec.from_layer"),
     "groups that do not fit": (lambda: f4.four_bounds(K, f4.ConvSpec(groups=3)), "groups 3 must divide the last axis of the kernel"),
@@ -53,10 +58,11 @@ CASES = {
     "no iterations": (lambda: f4.step(K, state(K), iterations=0), "iterations must be at least 1, got 0"),
     "negative warmup": (lambda: f4.init(K, key=jax.random.key(0), warmup=-1), "warmup must be at least 0, got -1"),
     "a fraction of an iteration": (lambda: f4.step(K, state(K), iterations=1.5), "iterations must be an int, got 1.5"),
-    "no key": (lambda: f4.init(K, key=0), "key must be an array .* got int in init"),
+    "no key": (lambda: f4.init(K, key=0), "key must be a key, as jax.random.key makes it, got int in init"),
     "a padding as spec": (lambda: f4.four_bounds(K, "SAME"), "spec must be a ConvSpec, got str in four_bounds"),
     "swapped spec and state": (lambda: f4.step(K, CIRCULAR, state(K)), r"state must be a PowerState from fantastic4.init\(kernel, spec, key=…\), got ConvSpec"),
     "fractional size": (lambda: f4.exact_norm(K, (4.5, 4)), r"input_shape must be a tuple of ints, got \(4.5, 4\)"),
+    "size as booleans": (lambda: jacobian.materialise(K, (True, 4)), r"input_shape must be a tuple of ints, got \(True, 4\)"),
     "size as a string": (lambda: jacobian.materialise(K, "44"), "input_shape must be a tuple of ints, got '44'"),
     "transposed as a word": (lambda: f4.ConvSpec(transposed="no"), "transposed must be True or False, got 'no'"),
     "strides as a boolean": (lambda: f4.ConvSpec(strides=True), "strides must be ints of at least 1, got True"),
@@ -71,6 +77,16 @@ CASES = {
     "input dilation": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3, 3), input_dilation=2)), "write it as ConvTranspose"),
     "an injected convolution": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3,), conv_general_dilated=lambda *a, **k: None)), "its own conv_general_dilated"),
     "an injected convolution of NNX": (lambda: f4.ConvSpec.from_layer(nnx.Conv(2, 3, (3,), conv_general_dilated=print, rngs=nnx.Rngs(0))), "its own conv_general_dilated"),
+    "a convolution that computes something else": (lambda: f4.ConvSpec.from_layer(Tenfold(3, (3, 3))), "Tenfold has a call or a param method of its own"),
+    "a convolution with another kernel": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3, 3), promote_dtype=print)), "Conv has its own promote_dtype"),
+    "a dictionary as spec": (lambda: f4.bound(K, {"strides": 2}), "spec must be a ConvSpec, got a dict with int in bound"),
+    "a dictionary as state": (lambda: f4.step(K, {"vectors": 1}), "state must be what init, or the step before, returned, got a dict with int in step"),
+    "objects": (lambda: f4.bound(K.astype(object)), "kernel has dtype object, which JAX does not know: cast it, .* in bound"),
+    "extended precision": (lambda: f4.bound(K.astype(np.longdouble)), "kernel has dtype (longdouble|float128), which JAX does not know"),
+    "a key of nothing": (lambda: f4.init(K, key=None), "key must be .* got NoneType in init"),
+    "a key of floats": (lambda: f4.init(K, key=jnp.ones(2)), "key must be a key, as jax.random.key makes it, got float32"),
+    "padding below zero": (lambda: jacobian.materialise(K, (3, 3), f4.ConvSpec(padding=-3)), r"padding \(\(-3, -3\), \(-3, -3\)\) crops more than an input of spatial size \(3, 3\) has"),
+    "an array as method": (lambda: f4.bound(K, method=np.ones(3)), "unknown method"),
     "unknown ladder method": (lambda: f4.ladder.init(K, key=KEY, method="gram"), "unknown method 'gram': choose one of four, weighted, grid"),
     "a grid too coarse": (lambda: f4.bound(K, method="grid", points=2), r"a grid of \(2, 2\) points is too coarse for \(3, 3\) taps: .* as taps, \(3, 3\)"),
     "a training grid too coarse": (lambda: f4.ladder.init(K, key=KEY, points=2), "too coarse"),

@@ -378,7 +378,7 @@ INJECTED = {"conv_general_dilated": lambda *a, **k: jax.lax.conv_general_dilated
 BAD = {
     "enc/Conv_0: Conv has its own conv_general_dilated": lambda: Outer(nn.Conv, {"kernel_size": (3,), **INJECTED}),
     "enc/Embed_0: Embed is not a Conv, ConvTranspose": lambda: Outer(nn.Embed, {"num_embeddings": 3}),
-    "enc/Odd_0: Odd is not a .*, or has a call or a param method": lambda: Outer(Odd, {}),
+    "enc/Odd_0: Odd has a call or a param method": lambda: Outer(Odd, {}),
     "enc/Dense_0: Dense has its own dot_general": lambda: Outer(nn.Dense, {"dot_general": lambda *a, **k: 0}),
 }
 
@@ -423,7 +423,7 @@ def test_errors():
             linen.SpectralBound(nn.Conv(4, (3, 3)), **{field: value}).init(KEY, X)
         with pytest.raises(ValueError, match=message):
             f4nnx.SpectralBound(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0), **{field: value})
-    with pytest.raises(ValueError, match=r"LoRALinear: LoRALinear is not a .*, or has a call or a param method"):
+    with pytest.raises(ValueError, match=r"LoRALinear: LoRALinear has a call or a param method"):
         f4nnx.SpectralBound(nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
 
 
@@ -441,7 +441,7 @@ def test_a_layer_that_computes_with_another_kernel_is_refused():
     tenfold = lambda x, kernel, bias, **_: (x, 10 * kernel, bias)
     doubled = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     doubled.kernel = nnx.Param(doubled.kernel[...], on_get_value=lambda _, kernel: 2 * kernel)
-    with pytest.raises(ValueError, match=r"Standardised is not a .*, or has a call or a param method of its own"):
+    with pytest.raises(ValueError, match=r"Standardised has a call or a param method of its own"):
         linen.SpectralBound(Standardised(4, (3, 3)), mode="hard").init(KEY, X)
     for layer in (nn.Dense(4, promote_dtype=tenfold), nn.Conv(4, (3, 3), promote_dtype=tenfold)):
         with pytest.raises(ValueError, match=f"{type(layer).__name__} has its own promote_dtype"):
