@@ -58,16 +58,17 @@ def substitute(expr: Expr, part: Expr, by: Expr) -> Expr:
     return dataclasses.replace(expr, args=tuple(substitute(arg, part, by) for arg in expr.args))
 
 
-def _parts(expr: Expr) -> set[Expr]:
-    return {expr}.union(*map(_parts, expr.args))
+def parts(expr: Expr) -> set[Expr]:
+    """An expression and all that it is made of."""
+    return {expr}.union(*map(parts, expr.args))
 
 
 def layers(expr: Expr) -> list[tuple[Expr, Expr]]:
     """All ways to write f as g ∘ h with h of more than one operation: (g, h), the largest h first."""
     found = []
-    for part in sorted(_parts(expr) - {expr, X}, key=lambda part: (-size(part), repr(part))):
+    for part in sorted(parts(expr) - {expr, X}, key=lambda part: (-size(part), repr(part))):
         outer = substitute(expr, part, const(0))
-        if X in _parts(part) and X not in _parts(outer):
+        if X in parts(part) and X not in parts(outer):
             found.append((substitute(expr, part, X), part))
     return found
 

@@ -128,14 +128,18 @@ def _reciprocal(p: Interval) -> Interval:
     return _out(1 / np.where(good, p.hi, 1.0), 1 / safe).where(good, _same(-np.inf, p.lo).hull(_same(np.inf, p.lo)))
 
 
-def _wave(p: Interval, shift: float) -> Interval:
-    """sin(p + shift π/2)."""
-    lo, hi = p.lo / (math.pi / 2) + shift, p.hi / (math.pi / 2) + shift
-    ends = np.sin(p.lo + shift * math.pi / 2), np.sin(p.hi + shift * math.pi / 2)
-    slack = 1e-9 * (1 + p.largest())
-    has = lambda turn: np.floor((hi - turn) / 4 + 1e-9) >= np.ceil((lo - turn) / 4 - 1e-9)  # noqa: E731
-    low, high = np.minimum(*ends) - slack, np.maximum(*ends) + slack
-    return Interval(np.where(has(3), -1.0, np.maximum(low, -1)), np.where(has(1), 1.0, np.minimum(high, 1)))
+def _wave(p: Interval, quarter: int) -> Interval:
+    """sin(p + quarter · π/2)."""
+    function, sign = (np.sin, np.cos)[quarter % 2], 1 - (quarter // 2 % 2) * 2
+    ends = sign * function(p.lo), sign * function(p.hi)
+    between = _clamped(_out(np.minimum(*ends), np.maximum(*ends), _LOOSE), -1, 1)
+    # In turns, off by some units: there a wave is so near its extreme that no float tells.
+    lo, hi = (end / (2 * math.pi) + quarter / 4 for end in p)
+    off = 1e-9 + 1e-15 * p.largest()
+    has = lambda turn: np.floor(hi - turn + off) >= np.ceil(lo - turn - off)  # noqa: E731
+    unknown = ~np.isfinite(p.lo) | ~np.isfinite(p.hi)
+    lowest, highest = has(0.75) | unknown, has(0.25) | unknown
+    return Interval(np.where(lowest, -1.0, between.lo), np.where(highest, 1.0, between.hi))
 
 
 def _unary(op: str, p: Interval) -> tuple[Interval, Interval, Interval]:
@@ -180,8 +184,8 @@ def _unary(op: str, p: Interval) -> tuple[Interval, Interval, Interval]:
         slope = inverse.times(_same(0.5, p.lo))
         bend = -inverse.times(inverse).times(inverse).times(_same(0.25, p.lo))
         return root.where(good, everything), slope.where(good, everything), bend.where(good, everything)
-    shift = {"sin": 0.0, "cos": 1.0}[op]
-    return _wave(p, shift), _wave(p, shift + 1), _wave(p, shift + 2)
+    quarter = {"sin": 0, "cos": 1}[op]
+    return _wave(p, quarter), _wave(p, quarter + 1), _wave(p, quarter + 2)
 
 
 def _chain(op: str, p: Jet) -> Jet:

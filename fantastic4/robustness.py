@@ -16,7 +16,8 @@ Sound for the function in real arithmetic where its values and gradients are rig
 their gradients: so much is taken from each radius. Products are computed in full precision. Functions that cancel
 inside (inputs of 1e6 and a bias that takes it away) or compute in half precision are off by more: take float64 there.
 Radii by curvature take the gradients of `jax.grad`: **a ``stop_gradient`` or a ``custom_vjp`` that makes them something
-else than the derivative makes these radii wrong**.
+else than the derivative makes these radii wrong**. So do kinks that cancel: relu(x) - relu(-x) is x, but its gradient
+at 0 in JAX is 0.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ def curvature_radii(
 
     Args:
       fn: logits ``(batch, classes)`` of a batch, which treats examples one by one; compiled anew in every call. Its
-        gradients in JAX must be its derivatives: no ``stop_gradient`` or ``custom_vjp`` that changes them.
+        gradients in JAX must be its derivatives: no ``stop_gradient`` or ``custom_vjp`` that changes them, and no kinks
+        that cancel, as in ``relu(x) - relu(-x)``.
       x: the batch.
       curvatures: ``(classes, classes)`` m_ij from `fantastic4.lipschitz.margin_curvatures`, or one number for all.
       enough: stop for an example once its radius exceeds this; without, every radius is made as large as can be.

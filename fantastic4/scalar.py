@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from fantastic4.expression import Expr, X, affine, const, kinks, layers, selections
+from fantastic4.expression import Expr, X, affine, const, kinks, layers, parts, selections
 from fantastic4.jets import Interval, jet
 from fantastic4.tails import BORDER, integral, sup, tail
 
@@ -130,7 +131,27 @@ def _largest(expr: Expr, order: int, what: str, far: float | None = None) -> flo
     return result
 
 
-@functools.lru_cache(maxsize=512)
+def _remembered(find: Callable[[Expr], float]) -> Callable[[Expr], float]:
+    """A cache of refusals too: what is bounded in parts asks for the same parts many times."""
+
+    @functools.lru_cache(maxsize=4096)
+    def outcome(expr: Expr) -> float | str:
+        try:
+            return find(expr)
+        except ValueError as error:
+            return str(error)
+
+    @functools.wraps(find)
+    def found(expr: Expr) -> float:
+        result = outcome(expr)
+        if isinstance(result, str):
+            raise ValueError(result)
+        return result
+
+    return found
+
+
+@_remembered
 def steepest(expr: Expr) -> float:
     """Sup |f'| over all numbers, never below it and at most 1e-6 of it above, where its terms allow.
 
@@ -157,7 +178,7 @@ def steepest(expr: Expr) -> float:
         raise refused
 
 
-@functools.lru_cache(maxsize=512)
+@_remembered
 def most_bent(expr: Expr) -> float:
     """Sup |f''| over all numbers, never below it: the Lipschitz constant of the slope.
 
@@ -182,6 +203,20 @@ def most_bent(expr: Expr) -> float:
                 slope = steepest(inner)
                 return (most_bent(outer) * slope * slope + steepest(outer) * most_bent(inner)) * (1 + 1e-14)
         raise refused
+
+
+def is_total(expr: Expr) -> bool:
+    """Whether a function is known to be a number everywhere: a root or a logarithm is not, unless its slope is finite.
+
+    Args:
+      expr: the function.
+    """
+    partial = [part for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div")]
+    if all(part.op == "div" and (by := affine(part.args[1])) and by[0] == 0 and by[1] for part in partial):
+        return True
+    with contextlib.suppress(ValueError, OverflowError):
+        return math.isfinite(steepest(expr))
+    return False
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:

@@ -347,6 +347,8 @@ def test_what_is_not_smooth_is_refused():
         lipschitz.curvature(lambda x: jnp.sum(jnp.sort(jnp.tanh(x))), jnp.ones(3))
     with pytest.raises(ValueError, match="one example"):
         lipschitz.margin_curvatures(lambda x: x, jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="margins are of one example"):
+        lipschitz.margin_curvatures(jnp.sum, jnp.ones((1, 3)))
 
 
 def test_a_vector_has_the_lipschitz_constant_of_its_jacobian():
@@ -489,3 +491,19 @@ def test_scales_folded_into_a_layer_are_rounded():
         return jnp.sum(hidden)
 
     assert exact.sum() * 0.25 <= float(lipschitz.curvature(fn, jnp.zeros((1, 1))).upper)
+
+
+VANISHING = {
+    "in a scale": (lambda x: 1e-20 * x, 1e-20, 1e35),
+    "in a scale that is no float": (lambda x: 1e-20 * (1e-20 * x), 1e-40, 1e38),
+    "in a matrix": (lambda x: x @ jnp.full((1, 1), 1e-22), 1e-22, 1.0),
+    "in a small matrix": (lambda x: x @ jnp.full((1, 1), 1e-30), 1e-30, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_what_vanishes_in_between_is_not_nothing(name):
+    """Of softplus(w x) · v the second derivative at 0 is w² v / 4."""
+    inner, w, v = VANISHING[name]
+    net = lambda x: jnp.sum(jax.nn.softplus(inner(x)) @ jnp.full((1, 1), v))
+    assert float(lipschitz.curvature(net, jnp.ones((1, 1))).upper) >= w**2 * v / 4

@@ -5,6 +5,7 @@ with it are one-sided and have no tolerance but its own rounding. The seed is pr
 `make fuzz` takes FUZZ_CASES random networks.
 """
 
+import functools
 import math
 import os
 import re
@@ -187,6 +188,8 @@ EXACT = {
     "select and": (lambda x: jnp.where((x > -1) & (x < 1), 2 * jnp.abs(x), 2.0), S, 2.0),
     "select or": (lambda x: jnp.where((x < -1) | (x > 1), 2.0, 2 * jnp.abs(x)), S, 2.0),
     "select not": (lambda x: jnp.where(~(x > 0), 0.0, 2 * x), S, 2.0),
+    "is_finite of a root that is": (lambda x: jnp.where(jnp.isfinite(jnp.sqrt(1 + x * x)), 2 * x, 0), S, 2.0),
+    "is_finite of a power": (lambda x: jnp.where(jnp.isfinite(jnp.exp(x)), 2 * x, 0), S, 2.0),
     "select if not a number": (lambda x: jnp.where(jnp.isnan(x), 0, 2 * x), S, 2.0),
     "select by constants": (lambda x: jnp.where(MASK, 2 * x, 0), S, 2.0),
     "select entries by constants": (lambda x: jnp.where(MASK, x, x[::-1]), S, 2**0.5),
@@ -763,6 +766,15 @@ JUMPS = {
     "equality": (lambda x: jnp.where(x == 0, 1.0, x), "'eq'", "jumps"),
     "sorted places": (lambda x: x[:, jnp.argsort(x[0])], "'sort'", "jumps"),
     "places by the input": (lambda x: x[jnp.argmax(x[:, 0])], "'argmax'", "jumps"),
+    "where a root is none": (lambda x: jnp.where(jnp.isnan(jnp.sqrt(x - 1)), 0, x), "'ne'", "where it is not a number"),
+    "where a logarithm is one": (lambda x: jnp.where(jnp.isfinite(jnp.log(x)), 5, x), "'is_finite'", "not a number"),
+    "where a reciprocal is one": (lambda x: jnp.where(jnp.isfinite(1 / x), 5.0, 0), "'is_finite'", "not a number"),
+    "where a root is itself": (lambda x: jnp.where(jnp.sqrt(x) <= jnp.sqrt(x), 1.0, 0), "'le'", "not a number"),
+    "where a product is none": (lambda x: jnp.where(jnp.isnan(jnp.log(x) @ W), 1.0, 0), "'ne'", "not a number"),
+    "a sum of what are numbers": (lambda x: jnp.nansum(jnp.log(x)), "'ne'", "not a number"),
+    "jump of a wave": (lambda x: jnp.where(x < 0, jnp.sin(x), 1e-9), "'select_n'", "jumps at 0"),
+    "jump of a wave far out": (lambda x: jnp.where(x < 0, jnp.sin(1e9 + x), 0.5), "'select_n'", "jumps at 0"),
+    "long chain": (lambda x: functools.reduce(lambda y, _: jnp.exp(-y), range(8), x), "'exp'", "finite slope"),
     "product": (lambda x: x * x[::-1], "'mul'", "bound both factors, or register a rule"),
     "square": (lambda x: x * x, "'mul'", "Bound its argument first"),
     "attention": (lambda x: x @ x.T, "'dot_general'", "no Lipschitz constant"),

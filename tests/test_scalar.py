@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fantastic4.jets import Interval, jet
 from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
 
 
@@ -62,6 +63,27 @@ def test_functions_with_kinks_have_no_curvature(name):
     assert slope <= steepest(expression) <= slope * (1 + 1e-5)
     with pytest.raises(ValueError, match="its slope jumps at"):
         most_bent(expression)
+
+
+@pytest.mark.parametrize(("name", "wave"), [("sin", np.sin), ("cos", np.cos)])
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e9, 1e14])
+def test_waves_are_enclosed_closely(name, wave, size):
+    """A slack that grows with the argument hid jumps: of sin(1e9 + x) any at all."""
+    rng = np.random.default_rng(3)
+    low = size * rng.standard_normal(2000)
+    high = low + 10.0 ** rng.uniform(-12, 1.5, 2000)
+    value, slope, bend = jet(op(name, X), Interval(low, high))
+    for at in np.linspace(0, 1, 15):
+        here = np.clip(low + at * (high - low), low, high)
+        turned = [wave(here), np.cos(here) if name == "sin" else -np.sin(here), -wave(here)]
+        for part, truth in zip((value, slope, bend), turned, strict=True):
+            assert np.all((part.lo <= truth) & (truth <= part.hi))
+    point = jet(op(name, X), Interval(low, low)).value
+    steep = np.abs(wave(low)) < 1 - 1e-4  # at its extremes no float tells
+    assert size > 1e9 or np.max((point.hi - point.lo)[steep]) < 1e-14
+    with np.errstate(invalid="ignore"):
+        everything = jet(op(name, X), Interval(np.array(-math.inf), np.array(math.inf))).value
+    assert (everything.lo, everything.hi) == (-1, 1)
 
 
 def test_what_has_no_bound_is_refused():

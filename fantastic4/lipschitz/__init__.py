@@ -117,7 +117,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
 
     Returns:
       `Bound`, in float32 (float64 for a float64 input). Differentiable by the params and made under ``jit`` like any
-      other JAX function of them. NaN where a kernel or a scale is NaN.
+      other JAX function of them. NaN where a kernel or a scale is NaN, or a product of two matrices in a row overflows.
 
     Raises:
       UnboundedError: an operation without a Lipschitz constant on the whole space, or without one that is known; it
@@ -275,7 +275,8 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
        [0.25 0.  ]]
     """
     traced = trace(fn, x)
-    if len(traced.outputs) != 1 or math.prod(traced.outputs[0].shape) != traced.outputs[0].shape[-1]:
+    shape = traced.outputs[0].shape if len(traced.outputs) == 1 else ()
+    if not shape or math.prod(shape) != shape[-1]:
         raise ValueError("margins are of one example: let fn return logits (1, classes), and give it a batch of one")
     (logits,) = traced.outputs
     classes = logits.shape[-1]

@@ -13,7 +13,7 @@ from fantastic4.expression import Expr, X, const
 from fantastic4.lipschitz.graph import Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
 from fantastic4.lipschitz.nodes import Joint, settled
-from fantastic4.lipschitz.scalars import aligned, scalar
+from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
 from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 
 
@@ -25,9 +25,9 @@ def _compare(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if isinstance(a, Signal) and isinstance(b, Signal):
         if not a.same_entries(b):
             return walk.refuse(eqn, "compares two signals, and a choice by that may jump: use jnp.maximum, jnp.minimum")
-        if a.expr == b.expr:  # x != x asks for NaN, which real numbers are not
-            if np.any(a.places < 0):
-                return walk.refuse(eqn, "asks whether constants among the entries are NaN")
+        if a.expr == b.expr:  # x != x asks for NaN
+            if not always_a_number(a):
+                return walk.refuse(eqn, NOT_A_NUMBER)
             return np.full(a.shape, name in ("le", "ge", "eq"))
         left, right = a.expr, b.expr
     else:

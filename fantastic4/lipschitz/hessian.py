@@ -31,7 +31,7 @@ from fantastic4.linalg import map_rows
 from fantastic4.lipschitz.graph import Node, Signal, multiplicity
 from fantastic4.lipschitz.nodes import Fixed, Input, Joint, Linear, Scaled, Sum
 from fantastic4.lipschitz.numbers import SMOOTH, Numbers, of_one_number
-from fantastic4.rounding import gamma, round_up, unit_roundoff
+from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
 from fantastic4.scalar import extremes
 
 
@@ -58,7 +58,10 @@ def _size(span: Span) -> Array:
 
 
 def _times(span: Span, low: float, high: float) -> Span:
-    """An interval times a number between two."""
+    """An interval times a number between two, which as a float of this type may vanish."""
+    tiny = float(jnp.finfo(span.low.dtype).tiny)
+    low = low if abs(low) >= tiny else (-tiny if low < 0 else 0.0)
+    high = high if abs(high) >= tiny else (tiny if high > 0 else 0.0)
     products = [span.low * low, span.low * high, span.high * low, span.high * high]
     smallest = functools.reduce(jnp.minimum, products)
     largest = functools.reduce(jnp.maximum, products)
@@ -168,6 +171,10 @@ class _Terms:
         matrix, lost = first
         root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, weights)))
         self.columns.append(matrix.astype(how.dtype) * root[:, None])
+        # Products that vanish, as the entries of a matrix.
+        some = jnp.max(root, axis=1) > 0
+        vanished = constant_up(float(jnp.finfo(self.how.dtype).tiny) * matrix.size**0.5, self.how.dtype)
+        self.lost.append(jnp.where(some, vanished, 0))
         if not isinstance(lost, float):
             self.lost.append(jnp.max(root, axis=1) * lost)
 
@@ -180,7 +187,7 @@ class _Terms:
         norm = round_up(lax.map(dense.bound, matrices) + 8 * unit_roundoff(self.how.dtype) * size, 4)
         for lost in self.lost:
             norm = round_up(norm + lost, 4)
-        return round_up(self.total + round_up(norm * norm, 2), 2)
+        return round_up(self.total + product_up(norm, norm), 2)
 
 
 def hessian(nodes: Sequence[Node], output: Signal, seed: Array, how: Numbers) -> Array:

@@ -15,10 +15,11 @@ from jax.extend import core
 from fantastic4.expression import Expr, affine, const
 from fantastic4.linalg import widened
 from fantastic4.lipschitz import patterns
-from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
 from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, shape_and_dtype, uniform
+from fantastic4.scalar import is_total
 
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
@@ -50,9 +51,23 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("is_finite")
 def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
+    if not always_a_number(signal):
+        return walk.refuse(eqn, NOT_A_NUMBER)
+    return np.ones(signal.shape, bool)
+
+
+NOT_A_NUMBER = "asks where it is not a number, which is not known to be nowhere: a choice by that may jump"
+
+
+def always_a_number(signal: Signal) -> bool:
+    """Whether every entry is a number at every input: so are the scalar functions in all that it depends on.
+
+    Not where some entries are constants, which may be anything.
+    """
     if np.any(signal.places < 0):
-        return walk.refuse(eqn, "asks whether constants among the entries are finite")
-    return np.ones(signal.shape, bool)  # of real numbers
+        return False
+    read = [signal, *(s for node in reachable([signal]) for s in node.inputs)]
+    return all(map(is_total, {s.expr for s in read}))
 
 
 def _of_one(op: str, a: Signal, b: Signal, label: Label) -> Signal | None:
