@@ -26,7 +26,7 @@ def _compare(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if not a.same_entries(b):
             return walk.refuse(eqn, "compares two signals, and a choice by that may jump: use jnp.maximum, jnp.minimum")
         if a.expr == b.expr:  # x != x asks for NaN
-            if not always_a_number(a):
+            if not always_a_number(walk, a):
                 return walk.refuse(eqn, NOT_A_NUMBER)
             return np.full(a.shape, name in ("le", "ge", "eq"))
         left, right = a.expr, b.expr

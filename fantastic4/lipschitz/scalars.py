@@ -51,7 +51,7 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("is_finite")
 def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    if not always_a_number(signal):
+    if not always_a_number(walk, signal):
         return walk.refuse(eqn, NOT_A_NUMBER)
     return np.ones(signal.shape, bool)
 
@@ -59,12 +59,12 @@ def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 NOT_A_NUMBER = "asks where it is not a number, which is not known to be nowhere: a choice by that may jump"
 
 
-def always_a_number(signal: Signal) -> bool:
+def always_a_number(walk: Walk, signal: Signal) -> bool:
     """Whether every entry is a number at every input: so are the scalar functions in all that it depends on.
 
-    Not where some entries are constants, which may be anything.
+    Not where some entries are constants, which may be anything, nor after one that is infinite, or a division by 0.
     """
-    if np.any(signal.places < 0):
+    if not walk.all_finite or np.any(signal.places < 0):
         return False
     read = [signal, *(s for node in reachable([signal]) for s in node.inputs)]
     return all(map(is_total, {s.expr for s in read}))

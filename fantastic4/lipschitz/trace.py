@@ -134,6 +134,7 @@ class Walk:
         self._done: dict[Any, tuple[Any, list[Any]]] = {}
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._constants: dict[Any, Any] = {}
+        self.all_finite = True
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -193,6 +194,11 @@ class Walk:
         if all(map(is_constant, operands)):
             return evaluate(eqn, operands)
         name = eqn.primitive.name
+        # The number that a maximum over a window begins with is none of its results, where every window has an entry.
+        if name not in (*CALLS, "reduce_window_max", "reduce_window_min", "reduce_window", "max", "min") and any(
+            is_known(o) and not _all_finite(o, name == "div") for o in operands
+        ):
+            self.all_finite = False
         if name not in CALLS:
             operands = [settled(o) if isinstance(o, Signal) and size(o.expr) > _LARGEST else o for o in operands]
         for operand in operands:
@@ -217,6 +223,14 @@ class Walk:
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""
         return [Refused(f"{self.label(eqn)} {why}")] * len(eqn.outvars)
+
+
+def _all_finite(constant: Any, divides: bool) -> bool:
+    """Whether a known constant has no NaN and no infinity, and where it divides no 0."""
+    numbers = np.asarray(constant) if np.ndim(constant) == 0 or hasattr(constant, "dtype") else np.zeros(())
+    if not jnp.issubdtype(numbers.dtype, jnp.floating):
+        return not (divides and np.any(numbers == 0))
+    return bool(np.isfinite(numbers).all()) and not (divides and np.any(numbers == 0))
 
 
 def _content(array: Any) -> Any:
