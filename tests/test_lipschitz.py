@@ -773,7 +773,7 @@ JUMPS = {
     "where a product is none": (lambda x: jnp.where(jnp.isnan(jnp.log(x) @ W), 1.0, 0), "'ne'", "not a number"),
     "a sum of what are numbers": (lambda x: jnp.nansum(jnp.log(x)), "'ne'", "not a number"),
     "where an infinite scale gives none": (lambda x: jnp.where(jnp.isnan(x * np.inf), 1.0, 0), "'ne'", "not a number"),
-    "where a division by 0 gives none": (lambda x: jnp.where(jnp.isnan(x / np.arange(3)), 1, 0), "'ne'", "not a number"),
+    "where a division by 0 is none": (lambda x: jnp.where(jnp.isnan(x / np.arange(3)), 1, 0), "'ne'", "not a number"),
     "jump of a wave": (lambda x: jnp.where(x < 0, jnp.sin(x), 1e-9), "'select_n'", "jumps at 0"),
     "jump of a wave far out": (lambda x: jnp.where(x < 0, jnp.sin(1e9 + x), 0.5), "'select_n'", "jumps at 0"),
     "long chain": (lambda x: functools.reduce(lambda y, _: jnp.exp(-y), range(8), x), "'exp'", "finite slope"),
