@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,10 +26,22 @@ _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
 _BLUR = 1e-5  # of the largest slope: more may hide a jump
+_HIDDEN = 1e-9  # of what the steepest slope makes of a distance of 1: more may hide a jump
 _NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
 
 
+def _typical(expr: Expr, order: int, places: Sequence[float]) -> float:
+    """The largest |f'| or |f''| that is seen at points all over the line, and at some more."""
+    points = np.append(np.linspace(-BORDER, BORDER, _CELLS), places)
+    sizes = jet(expr, Interval(points, points))[order].smallest()
+    return float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
+
+
 def _check_continuous(expr: Expr) -> None:
+    """Both sides of a selection meet where it changes over, as far as intervals tell.
+
+    Those that are wide, where large numbers cancel, may hide a jump.
+    """
     for chosen in selections(expr):
         a, b, left, right = chosen.args
         one_side, other_side = affine(a), affine(b)
@@ -43,6 +55,9 @@ def _check_continuous(expr: Expr) -> None:
         one, other = jet(left, here).value, jet(right, here).value
         if not (one.lo <= other.hi and other.lo <= one.hi):
             raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
+        width = max(float(one.hi - one.lo), float(other.hi - other.lo))
+        if width > _HIDDEN * (1 + abs(at)) * max(_typical(side, 1, [at]) for side in (left, right)):
+            raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
 
 
 def _inner_kinks(expr: Expr) -> list[float]:
@@ -93,9 +108,7 @@ def _check_smooth(expr: Expr) -> None:
     places = _inner_kinks(expr)
     if not places:
         return
-    points = np.linspace(-BORDER, BORDER, _CELLS)
-    sizes = jet(expr, Interval(points, points)).slope.smallest()
-    steep = float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
+    steep = _typical(expr, 1, [])
     for kink in places:
         left = jet(expr, Interval(np.array(math.nextafter(kink, -math.inf)), np.array(kink))).slope
         right = jet(expr, Interval(np.array(kink), np.array(math.nextafter(kink, math.inf)))).slope
@@ -206,17 +219,22 @@ def most_bent(expr: Expr) -> float:
 
 
 def is_total(expr: Expr) -> bool:
-    """Whether a function is known to be a number everywhere: a root or a logarithm is not, unless its slope is finite.
+    """Whether a function is known to be a number everywhere: its roots, logarithms and quotients of what they are of.
 
     Args:
       expr: the function.
     """
-    partial = [part for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div")]
-    if all(part.op == "div" and (by := affine(part.args[1])) and by[0] == 0 and by[1] for part in partial):
-        return True
-    with contextlib.suppress(ValueError, OverflowError):
-        return math.isfinite(steepest(expr))
-    return False
+    points = np.linspace(-BORDER, BORDER, _CELLS + 1)
+    cells = Interval(np.append(-math.inf, points), np.append(points, math.inf))
+
+    def within(part: Expr) -> bool:
+        with np.errstate(all="ignore"):
+            p = jet(part.args[-1], cells).value
+        if part.op == "div":
+            return bool(np.all((p.lo > 0) | (p.hi < 0)))
+        return bool(np.all(p.lo >= 0) if part.op == "sqrt" else np.all(p.lo > (-1 if part.op == "log1p" else 0)))
+
+    return all(within(part) for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div"))
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:

@@ -748,6 +748,39 @@ def test_nnx():
 
 # --- Errors
 
+HIDES = "hides where its argument is not a number"
+INFINITE = np.array([1, np.inf, 2], np.float32)
+
+
+def no_level(x):
+    return jax.nn.softmax(x - jnp.sqrt(x[:, :1]))
+
+
+def no_log_level(x):
+    return jax.nn.log_softmax(x - jnp.sqrt(x[:, :1]))
+
+
+def no_sum_level(x):
+    level = jnp.sqrt(x[:, :1])
+    return jnp.log(jnp.sum(jnp.exp(x - level), 1, keepdims=True)) + level
+
+
+def empty_window(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 1), (1, 1), [(0, 0), (1, 0)])[:, :-1]
+
+
+def no_place(x):
+    return jnp.cumsum(jnp.take(x, np.array([7, 0, 1]), axis=1, mode="fill"), axis=1)
+
+
+def after_infinity(x):
+    return jnp.cumsum(jnp.concatenate([jnp.full((len(x), 1), jnp.inf), x], 1), 1)[:, :-1]
+
+
+def blurred(x):
+    return (jnp.tanh(x) + 1e16) - 1e16
+
+
 JUMPS = {
     "sign": (lambda x: jnp.sign(x), "'sign'", "Leave it out"),
     "round": (lambda x: x + lax.stop_gradient(jnp.round(x) - x), "'round'", "Leave it out"),
@@ -766,7 +799,7 @@ JUMPS = {
     "equality": (lambda x: jnp.where(x == 0, 1.0, x), "'eq'", "jumps"),
     "sorted places": (lambda x: x[:, jnp.argsort(x[0])], "'sort'", "jumps"),
     "places by the input": (lambda x: x[jnp.argmax(x[:, 0])], "'argmax'", "jumps"),
-    "where a root is none": (lambda x: jnp.where(jnp.isnan(jnp.sqrt(x - 1)), 0, x), "'ne'", "where it is not a number"),
+    "where a root is none": (lambda x: jnp.where(jnp.isnan(jnp.sqrt(x - 1)), 0, x), "'ne'", HIDES),
     "where a logarithm is one": (lambda x: jnp.where(jnp.isfinite(jnp.log(x)), 5, x), "'is_finite'", "not a number"),
     "where a reciprocal is one": (lambda x: jnp.where(jnp.isfinite(1 / x), 5.0, 0), "'is_finite'", "not a number"),
     "where a root is itself": (lambda x: jnp.where(jnp.sqrt(x) <= jnp.sqrt(x), 1.0, 0), "'le'", "not a number"),
@@ -774,6 +807,24 @@ JUMPS = {
     "a sum of what are numbers": (lambda x: jnp.nansum(jnp.log(x)), "'ne'", "not a number"),
     "where an infinite scale gives none": (lambda x: jnp.where(jnp.isnan(x * np.inf), 1.0, 0), "'ne'", "not a number"),
     "where a division by 0 is none": (lambda x: jnp.where(jnp.isnan(x / np.arange(3)), 1, 0), "'ne'", "not a number"),
+    "where zero has no logarithm": (lambda x: jnp.where(jnp.isfinite(jnp.log(0 * x)), 0, x), "'is_finite'", HIDES),
+    "where a constant root is none": (
+        lambda x: jnp.where(jnp.isnan(jnp.sqrt(jnp.clip(x, -2, -1))), x, 0), "'ne'", HIDES),
+    "a logarithm over infinity": (lambda x: jnp.log(x) / jnp.inf, "'div'", HIDES),
+    "infinity above a logarithm": (
+        lambda x: jnp.where(jnp.maximum(jnp.log(x), np.inf) > 0, 1.0, 0), "'max'", HIDES),
+    "where a level of softmax is none": (lambda x: jnp.where(jnp.isnan(no_level(x)), 1, 0), "'ne'", HIDES),
+    "where a level of its logarithm is none": (lambda x: jnp.where(jnp.isnan(no_log_level(x)), 1, 0), "'ne'", HIDES),
+    "where a level of a sum is none": (lambda x: jnp.where(jnp.isnan(no_sum_level(x)), 1, 0), "'ne'", HIDES),
+    "where a largest is infinite": (
+        lambda x: jnp.where(jnp.isfinite(jnp.maximum(x, INFINITE)), 0, x), "'is_fin", HIDES),
+    "where a limit is infinite": (
+        lambda x: jnp.where(jnp.isfinite(lax.clamp(np.inf, x, np.inf)), 0, x), "'is_fin", HIDES),
+    "where a window is empty": (lambda x: jnp.where(jnp.isfinite(empty_window(x)), 0, x), "'is_finite'", HIDES),
+    "where a place is none": (lambda x: jnp.where(jnp.isfinite(no_place(x)), 0, x), "'is_finite'", HIDES),
+    "where a sum after infinity is": (
+        lambda x: jnp.where(jnp.isfinite(after_infinity(x)), 0, x), "'is_finite'", HIDES),
+    "jump below rounding": (lambda x: jnp.where(x < 0, blurred(x), blurred(x) + 1), "'select_n'", "too roughly at 0"),
     "jump of a wave": (lambda x: jnp.where(x < 0, jnp.sin(x), 1e-9), "'select_n'", "jumps at 0"),
     "jump of a wave far out": (lambda x: jnp.where(x < 0, jnp.sin(1e9 + x), 0.5), "'select_n'", "jumps at 0"),
     "long chain": (lambda x: functools.reduce(lambda y, _: jnp.exp(-y), range(8), x), "'exp'", "finite slope"),
@@ -1237,3 +1288,33 @@ def test_only_equal_weights_are_one_layer(other):
     assert bound(lambda x: x @ weights.copy() - x @ weights.copy(), (1, 4)) == 0
     both = lambda x: jnp.concatenate([1e-3 * (x @ weights.copy()), second(x)], axis=1)
     assert_sound(bound(both, (1, 4)), steepest_seen(both, (1, 4)))
+
+
+MASKED = {
+    "quotient": (lambda x, c: x / c, (0.0, math.nan), (math.inf, -2.0)),
+    "shift": (lambda x, c: jnp.tanh(x + c), (math.inf, math.nan), (0.0, -2.0)),
+    "scale": (lambda x, c: x * c, (math.inf, math.nan), (0.0, -2.0)),
+    "maximum": (jnp.maximum, (math.inf, math.nan), (-math.inf, 0.0)),
+    "minimum": (jnp.minimum, (-math.inf, math.nan), (math.inf, 0.0)),
+    "filler": (lambda x, c: jnp.concatenate([x, c])[1:4], (math.inf, math.nan), (0.0, -2.0)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_ask_constants_that_are_not_known_while_tracing(name):
+    """Of 5x where h(x) is no number, 0 elsewhere, the constant is 0 if all of h is numbers, or else not known."""
+    h, bad, good = MASKED[name]
+    of = jax.jit(lambda c: lipschitz.bound(lambda x: jnp.where(jnp.isfinite(h(x, c)), 0, 5 * x), jnp.ones(3)).value)
+    for number in bad:
+        assert math.isnan(of(jnp.array([1, number, 2])))
+    for number in good:
+        assert of(jnp.array([1, number, 2])) == 0
+
+
+def test_mutable_arrays_are_read_when_the_bound_is_made():
+    held = jax.new_ref(jnp.array([1.0, 2.0]))
+    of = jax.jit(lambda: lipschitz.bound(lambda x: x * held[...], jnp.ones(2)).value)
+    for number in (2.0, 7.0):
+        held[...] = jnp.array([1.0, number])
+        for found in (of(), lipschitz.bound(lambda x: x * held[...], jnp.ones(2)).value):
+            assert number <= found <= number * (1 + 1e-6)

@@ -139,7 +139,7 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
         outputs = (whole(Joint(Label("outputs"), (size,), outputs)),)
     _, steps, totals = _first(outputs, how)
     value = totals[0] if totals else jnp.zeros((), traced.dtype)
-    return Bound(value, tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
+    return Bound(traced.sure(value), tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
 
 
 @usual_promotion
@@ -177,7 +177,7 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
     plain = jnp.where(apart, how.times(2**0.5 * (1 + 1e-15), total), 0)
     last = logits.node
     if not (isinstance(last, Linear) and last.is_last_matrix and logits.is_shifted and logits.shape == last.shape):
-        return plain
+        return traced.sure(plain)
     below = how.times(how.root(last.inputs[0]), slope(last.inputs[0]), how.of(last.inputs[0].node))
     columns = last.kernel[0].T
 
@@ -189,7 +189,7 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
     distances = round_up(lax.map(from_one, columns), columns.shape[1] + 8)
     vanished = float(jnp.finfo(columns.dtype).tiny) ** 0.5 * columns.shape[1]  # squares below the smallest float
     exact = how.times(how.narrow(round_up(distances + last.lost * 2 + vanished, 4)), below)
-    return jnp.where(apart, jnp.minimum(plain, exact), 0)
+    return traced.sure(jnp.where(apart, jnp.minimum(plain, exact), 0))
 
 
 class Curvature(NamedTuple):
@@ -242,7 +242,7 @@ def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Cur
     nodes, _, _ = _first(traced.outputs, how)
     seconds = second_order(nodes, traced.outputs, how)
     zero = jnp.zeros((), traced.dtype)
-    composed = how.root_sum_squares(seconds) if seconds else zero
+    composed = traced.sure(how.root_sum_squares(seconds) if seconds else zero)
     found = None
     if len(traced.outputs) == 1 and math.prod(traced.outputs[0].shape) == 1:
         found = hessians(nodes, traced.outputs[0], jnp.ones((1, 1), traced.dtype), how)
@@ -283,7 +283,7 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
     how = _numbers(traced, method)
     nodes, _, _ = _first(traced.outputs, how)
     (second,) = second_order(nodes, traced.outputs, how)
-    composed = how.times(2**0.5 * (1 + 1e-15), second)
+    composed = traced.sure(how.times(2**0.5 * (1 + 1e-15), second))
     first, last = np.triu_indices(classes, 1)
     seeds = (jnp.eye(classes)[first] - jnp.eye(classes)[last]).astype(traced.dtype)
     found = hessians(nodes, logits, seeds, how)

@@ -55,11 +55,13 @@ class Node:
       label: the operation that made it.
       shape: its shape.
       inputs: what it reads.
+      unmoved: what else is computed on the way, and does not move it: a level that softmax does not see.
     """
 
     label: Label
     shape: tuple[int, ...]
     inputs: tuple[Signal, ...]
+    unmoved: tuple[Signal, ...] = dataclasses.field(default=(), kw_only=True)
     order: int = dataclasses.field(default_factory=lambda: next(_counter), init=False)
     mapped: dict[Expr, Node] = dataclasses.field(default_factory=dict, init=False)  # nodes of scalar functions of it
 
@@ -151,13 +153,13 @@ def multiplicity(*places: np.ndarray | None) -> int:
     return int(np.bincount(flat).max()) if flat.size else 0
 
 
-def reachable(signals: Sequence[Signal]) -> list[Node]:
-    """All nodes that these depend on, each after those that it reads."""
+def reachable(signals: Sequence[Signal], *, unmoved: bool = False) -> list[Node]:
+    """All nodes that these depend on, each after those that it reads; with ``unmoved`` those that move nothing too."""
     found: dict[int, Node] = {}
     waiting = [s.node for s in signals]
     while waiting:
         node = waiting.pop()
         if id(node) not in found:
             found[id(node)] = node
-            waiting += [s.node for s in node.inputs]
+            waiting += [s.node for s in (*node.inputs, *(node.unmoved if unmoved else ()))]
     return sorted(found.values(), key=lambda node: node.order)

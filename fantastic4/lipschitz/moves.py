@@ -153,6 +153,9 @@ def _gather(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     found = np.asarray(evaluate(eqn.replace(params=params), [positions, *where])[0])
     filled = found == -1
     if np.any(filled):
+        filler = eqn.params["fill_value"]
+        if filler is None or not math.isfinite(filler):  # None is NaN
+            walk.entered.strange()
         signal = settled(signal)
     places = signal.places.ravel()[np.where(filled, 0, found)]
     return moved(signal, np.where(filled, unknown(found.shape, alike=True), places))

@@ -32,8 +32,8 @@ def _level(signal: Signal, axes: Sequence[int]) -> bool:
     )  # fmt: skip
 
 
-def _without_level(signal: Signal, axes: Sequence[int]) -> Signal:
-    """X for x - c with c the same along axes: softmax and its kin do not see c."""
+def _without_level(signal: Signal, axes: Sequence[int]) -> tuple[Signal, tuple[Signal, ...]]:
+    """X for x - c with c the same along axes, and c: softmax and its kin do not see it."""
     node = signal.node
     if (
         signal.plain
@@ -42,8 +42,8 @@ def _without_level(signal: Signal, axes: Sequence[int]) -> Signal:
         and node.sign < 0
         and _level(node.inputs[1], axes)
     ):
-        return dataclasses.replace(node.inputs[0], label=node.inputs[0].label)
-    return signal
+        return node.inputs[0], (node.inputs[1],)
+    return signal, ()
 
 
 def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | None:
@@ -64,8 +64,8 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     axes = _sum_of_exponentials(bottom, exponent)
     if axes is None or not _spread_of(bottom, top.shape, axes):
         return None
-    source = _without_level(exponent, axes)
-    return whole(Fixed(dataclasses.replace(label, operation="softmax"), top.shape, (source,), 0.5))
+    source, level = _without_level(exponent, axes)
+    return whole(Fixed(dataclasses.replace(label, operation="softmax"), top.shape, (source,), 0.5, unmoved=level))
 
 
 def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
@@ -85,8 +85,9 @@ def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
     if axes is None or not _spread_of(b, a.shape, axes):
         return None
     count = int(np.prod([a.shape[x] for x in axes]))
-    source = _without_level(a, axes)
-    return whole(Fixed(dataclasses.replace(label, operation="log_softmax"), a.shape, (source,), count**0.5))
+    source, level = _without_level(a, axes)
+    name = dataclasses.replace(label, operation="log_softmax")
+    return whole(Fixed(name, a.shape, (source,), count**0.5, unmoved=level))
 
 
 _LOGS = (Expr("log", (X,)), Expr("log", (Expr("abs", (X,)),)))
@@ -113,7 +114,7 @@ def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
         same = taken.node is level.node and taken.expr == level.expr
         if same and np.array_equal(taken.places, np.broadcast_to(small, source.shape)):
             name = dataclasses.replace(label, operation="logsumexp")
-            return whole(Fixed(name, outer.shape, (source,)))
+            return whole(Fixed(name, outer.shape, (source,), unmoved=(taken,)))
     return None
 
 

@@ -48,6 +48,9 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return scalar(signal, power if y > 0 else Expr("div", (const(1.0), power)), label)
 
 
+NOT_A_NUMBER = "hides where its argument is not a number, which is not known to be nowhere: it may jump there"
+
+
 @rule("is_finite")
 def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
@@ -56,18 +59,13 @@ def _is_finite(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return np.ones(signal.shape, bool)
 
 
-NOT_A_NUMBER = "asks where it is not a number, which is not known to be nowhere: a choice by that may jump"
-
-
 def always_a_number(walk: Walk, signal: Signal) -> bool:
     """Whether every entry is a number at every input: so are the scalar functions in all that it depends on.
 
-    Not where some entries are constants, which may be anything, nor after one that is infinite, or a division by 0.
+    And so are all constants that have come in: of those that are not known while tracing that is asked later.
     """
-    if not walk.all_finite or np.any(signal.places < 0):
-        return False
-    read = [signal, *(s for node in reachable([signal]) for s in node.inputs)]
-    return all(map(is_total, {s.expr for s in read}))
+    read = [signal, *(s for node in reachable([signal], unmoved=True) for s in (*node.inputs, *node.unmoved))]
+    return all(map(is_total, {s.expr for s in read})) and walk.entered.rely()
 
 
 def _of_one(op: str, a: Signal, b: Signal, label: Label) -> Signal | None:
@@ -190,6 +188,8 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return scalar(b, Expr("div", (const(number), b.expr)), label)
     number = uniform(b)
     if number is not None and math.isinf(number):
+        if not always_a_number(walk, a):
+            return walk.refuse(eqn, NOT_A_NUMBER)
         return jnp.zeros(*shape_and_dtype(eqn.outvars[0]))
     if number:
         return scalar(a, Expr("div", (a.expr, const(number))), label)
@@ -219,7 +219,11 @@ def _extreme(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
     if number is not None and math.isinf(number):
-        return signal if (number < 0) == (op == "max") else jnp.broadcast_to(other, signal.shape)
+        if (number < 0) == (op == "max"):
+            return signal
+        if not always_a_number(walk, signal):
+            return walk.refuse(eqn, NOT_A_NUMBER)
+        return jnp.broadcast_to(other, signal.shape)
     if number is not None and math.isfinite(number):
         return scalar(signal, Expr(op, (signal.expr, const(number))), label)
     return whole(Fixed(label, signal.shape, (signal,)))

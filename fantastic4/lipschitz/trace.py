@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend import core
 
 from fantastic4.expression import X, size
+from fantastic4.lipschitz.entered import Entered, where_all
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
 from fantastic4.lipschitz.nodes import Input, settled
 
@@ -134,7 +136,7 @@ class Walk:
         self._done: dict[Any, tuple[Any, list[Any]]] = {}
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._constants: dict[Any, Any] = {}
-        self.all_finite = True
+        self.entered = Entered()
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -175,6 +177,8 @@ class Walk:
 
         So ``net(x)[0] - net(x)[1]`` has one network, not two.
         """
+        if eqn.effects:  # what a mutable array holds may have changed
+            return self._results(eqn, operands)
         operands = list(map(self._first_equal, operands))
         key = (eqn.primitive, tuple(map(_identity, operands)), tuple((k, _identity(v)) for k, v in eqn.params.items()))
         if key not in self._done:
@@ -184,7 +188,9 @@ class Walk:
 
     def _first_equal(self, value: Any) -> Any:
         """Of a known array the first that was equal to it: ``net`` may make its weights anew in each call."""
-        if not is_known(value) or np.ndim(value) == 0 or not getattr(value, "is_fully_addressable", True):
+        if not is_known(value) or not isinstance(value, np.ndarray | Array):
+            return value
+        if value.ndim == 0 or not getattr(value, "is_fully_addressable", True):
             return value
         if id(value) not in self._contents:
             self._contents[id(value)] = value, _content(value)
@@ -194,11 +200,6 @@ class Walk:
         if all(map(is_constant, operands)):
             return evaluate(eqn, operands)
         name = eqn.primitive.name
-        # The number that a maximum over a window begins with is none of its results, where every window has an entry.
-        if name not in (*CALLS, "reduce_window_max", "reduce_window_min", "reduce_window", "max", "min") and any(
-            is_known(o) and not _all_finite(o, name == "div") for o in operands
-        ):
-            self.all_finite = False
         if name not in CALLS:
             operands = [settled(o) if isinstance(o, Signal) and size(o.expr) > _LARGEST else o for o in operands]
         for operand in operands:
@@ -215,22 +216,17 @@ class Walk:
         if rule is None:
             return self.refuse(eqn, "has no rule: write one with fantastic4.lipschitz.register_rule")
         try:
-            results = rule(self, eqn, operands)
+            found = rule(self, eqn, operands)
         except UnboundedError as error:
             return [Refused(str(error))] * len(eqn.outvars)
-        return list(results) if isinstance(results, list | tuple) else [results]
+        results = list(found) if isinstance(found, list | tuple) else [found]
+        if name not in CALLS and not all(map(is_constant, results)):
+            self.entered.meet(name, [(place, o) for place, o in enumerate(operands) if is_constant(o)])
+        return results
 
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""
         return [Refused(f"{self.label(eqn)} {why}")] * len(eqn.outvars)
-
-
-def _all_finite(constant: Any, divides: bool) -> bool:
-    """Whether a known constant has no NaN and no infinity, and where it divides no 0."""
-    numbers = np.asarray(constant) if np.ndim(constant) == 0 or hasattr(constant, "dtype") else np.zeros(())
-    if not jnp.issubdtype(numbers.dtype, jnp.floating):
-        return not (divides and np.any(numbers == 0))
-    return bool(np.isfinite(numbers).all()) and not (divides and np.any(numbers == 0))
 
 
 def _content(array: Any) -> Any:
@@ -250,8 +246,11 @@ def _identity(value: Any) -> Any:
 
 
 def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Results of an equation of constants, as JAX computes them: now, where they are known, under ``jit`` too."""
-    known = all(map(is_known, operands))
+    """Results of an equation of constants, as JAX computes them: now, where they are known, under ``jit`` too.
+
+    What a mutable array holds is known when it is read.
+    """
+    known = all(map(is_known, operands)) and not eqn.effects
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         return _bind(eqn, operands)
 
@@ -268,10 +267,16 @@ class Traced:
     Attributes:
       outputs: its outputs that depend on the input, as signals.
       dtype: of the constants: float64 if a floating input is, float32 else.
+      asked: truth values that are not known while tracing, without which nothing is: scalars.
     """
 
     outputs: tuple[Signal, ...]
     dtype: Any
+    asked: tuple[Array, ...] = ()
+
+    def sure(self, value: Array) -> Array:
+        """A bound, or NaN where what it rests on does not hold."""
+        return where_all(self.asked, value)
 
 
 def trace(fn: Callable[..., Any], x: Any) -> Traced:
@@ -299,11 +304,12 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
         if len(leaves) > 1:
             places = np.arange(start, start + math.prod(leaf.shape)).reshape(leaf.shape)
         arguments.append(Signal(node, leaf.shape, places, X, node.label))
-    outputs = Walk().closed(closed, arguments)
+    walk = Walk()
+    outputs = walk.closed(closed, arguments)
     for output in outputs:
         if isinstance(output, Refused):
             raise UnboundedError(output.reason)
         if isinstance(output, Comparison):
             raise UnboundedError(f"{output.of.label} leads to a truth value, which jumps: no Lipschitz constant")
     dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves], jnp.dtype("float32"))
-    return Traced(tuple(o for o in outputs if isinstance(o, Signal)), dtype)
+    return Traced(tuple(o for o in outputs if isinstance(o, Signal)), dtype, tuple(walk.entered.asked))

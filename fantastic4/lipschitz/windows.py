@@ -17,9 +17,10 @@ from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.trace import Walk, evaluate, out_shape, rule
 
 
-def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float]:
-    """Entries that a window holds, at most, and windows that hold one entry, at most."""
+def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float, bool]:
+    """Entries that a window holds, at most; windows that hold one entry, at most; whether every window holds one."""
     held = inside = 1
+    filled = True
     for axis, n in enumerate(shape):
         size, stride = p["window_dimensions"][axis], p["window_strides"][axis]
         spread, base = p["window_dilation"][axis], p["base_dilation"][axis]
@@ -30,14 +31,15 @@ def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float]:
         entry, odd = np.divmod(taken, base)
         real = (odd == 0) & (taken >= 0) & (entry < n)
         inside *= int(real.sum(axis=1).max(initial=0))
+        filled &= bool(real.any(axis=1).all())
         held *= int(np.bincount(entry[real].astype(int), minlength=1).max())
-    return float(inside), float(held)
+    return float(inside), float(held), filled
 
 
 @rule("reduce_window_sum")
 def _window_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    inside, held = _windows(eqn.params, signal.shape)
+    inside, held, _ = _windows(eqn.params, signal.shape)
     # A matrix of zeros and ones: ‖A‖² ≤ its largest row sum times its largest column sum (Schur).
     factor = math.sqrt(inside * held)
     add = lambda x: evaluate(eqn, [x])[0]  # noqa: E731
@@ -47,7 +49,9 @@ def _window_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("reduce_window_max", "reduce_window_min")
 def _window_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    _, held = _windows(eqn.params, signal.shape)
+    _, held, filled = _windows(eqn.params, signal.shape)
+    if not filled:  # of none, the largest is -∞
+        walk.entered.strange()
     return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), math.sqrt(held)))
 
 
