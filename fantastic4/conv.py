@@ -118,7 +118,8 @@ class ConvSpec:
 
         Raises:
           ValueError: another kind of layer, or one that computes something else than a convolution with its one kernel:
-            ``ConvLocal``, an injected ``conv_general_dilated``, ``input_dilation``, what `as_flax_computes` refuses.
+            ``ConvLocal``, an injected ``conv_general_dilated`` or ``promote_dtype``, ``input_dilation``, a subclass
+            with a call or a ``param`` method of its own.
 
         Example:
           >>> from flax import linen as nn
