@@ -34,7 +34,7 @@ FLOORS = [
 ]
 
 LIPSCHITZ_FLOORS = [
-    {"graph"},
+    {"graph", "entered"},
     {"numbers"},
     {"nodes"},
     {"trace", "patterns", "order"},

@@ -117,8 +117,8 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
 
     Returns:
       `Bound`, in float32 (float64 for a float64 input). Differentiable by the params and made under ``jit`` like any
-      other JAX function of them. NaN where a kernel or a scale is NaN, where a product of two matrices in a row overflows, and
-      where a mask like ``isfinite`` rests on a constant that turns out not to be finite under ``jit``.
+      other JAX function of them. NaN where a kernel or a scale is NaN, where a product of two matrices in a row
+      overflows, and where a mask like ``isfinite`` rests on a constant that turns out not to be finite under ``jit``.
 
     Raises:
       UnboundedError: an operation without a Lipschitz constant on the whole space, or without one that is known; it
