@@ -226,7 +226,7 @@ def jet(expr: Expr, x: Interval) -> Jet:
         result = base
         for _ in range(int(expr.number) - 1):
             result = _times(result, base)
-        return result
+        return result if expr.number % 2 else _not_negative(result)
     if expr.op == "select":
         a, b, left, right = args
         right_known = a.value.lo >= b.value.hi  # also where both are one number: then a < b does not hold
@@ -237,13 +237,18 @@ def jet(expr: Expr, x: Interval) -> Jet:
     if expr.op == "sub":
         return Jet(*(a.plus(-b) for a, b in zip(left, right, strict=True)))
     if expr.op == "mul":
-        return _times(left, right)
+        product = _times(left, right)
+        return _not_negative(product) if expr.args[0] == expr.args[1] else product
     if expr.op == "div":
         return _times(left, _inverse(right))
     bigger, smaller = over(left.value.lo, right.value.hi), over(right.value.lo, left.value.hi)
     chosen = _pick(bigger, smaller, left, right) if expr.op == "max" else _pick(smaller, bigger, left, right)
     function = np.maximum if expr.op == "max" else np.minimum
     return chosen._replace(value=Interval(*(function(a, b) for a, b in zip(left.value, right.value, strict=True))))
+
+
+def _not_negative(p: Jet) -> Jet:
+    return p._replace(value=Interval(np.maximum(p.value.lo, 0.0), p.value.hi))
 
 
 def _times(left: Jet, right: Jet) -> Jet:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,19 +26,19 @@ _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
 _BLUR = 1e-5  # of the largest slope: more may hide a jump
-_HIDDEN = 1e-9  # of what the steepest slope makes of a distance of 1: more may hide a jump
+_HIDDEN = 1e-12  # of the steepest slope around, times the distance: more may hide a jump
+_HALVINGS = 20  # of cells in which an argument may not be where its function is defined
 _NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
 
 
-def _typical(expr: Expr, order: int, places: Sequence[float]) -> float:
-    """The largest |f'| or |f''| that is seen at points all over the line, and at some more."""
-    points = np.append(np.linspace(-BORDER, BORDER, _CELLS), places)
-    sizes = jet(expr, Interval(points, points))[order].smallest()
+def _seen(expr: Expr, points: np.ndarray) -> float:
+    """The largest |f'| that is seen at some points."""
+    sizes = jet(expr, Interval(points, points)).slope.smallest()
     return float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
 
 
 def _check_continuous(expr: Expr) -> None:
-    """Both sides of a selection meet where it changes over, as far as intervals tell.
+    """Both sides of a selection meet where it changes over: exactly where they are lines, else as intervals tell.
 
     Those that are wide, where large numbers cancel, may hide a jump.
     """
@@ -50,14 +50,22 @@ def _check_continuous(expr: Expr) -> None:
         (p, q), (r, s) = one_side, other_side
         if p == r:
             continue
-        at = float((s - q) / (p - r))
-        here = Interval(*(np.array(math.nextafter(at, end)) for end in (-math.inf, math.inf)))  # it is rounded
-        one, other = jet(left, here).value, jet(right, here).value
-        if not (one.lo <= other.hi and other.lo <= one.hi):
+        place = (s - q) / (p - r)
+        at = float(place)
+        lines = [line for line in (affine(left), affine(right)) if line is not None]
+        if len(lines) == 2:
+            apart = len({slope * place + offset for slope, offset in lines}) > 1
+        else:
+            # It is rounded.
+            ends = np.array([math.nextafter(at, end) for end in (-math.inf, math.inf)])
+            one, other = (jet(side, Interval(*ends)).value for side in (left, right))
+            apart = not (one.lo <= other.hi and other.lo <= one.hi)
+            width, size = max(float(one.hi - one.lo), float(other.hi - other.lo)), 1 + abs(at)
+            around = np.append(ends, at + size * np.linspace(-1, 1, _CELLS))
+            if not apart and width > _HIDDEN * size * _seen(chosen, around):
+                raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
+        if apart:
             raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
-        width = max(float(one.hi - one.lo), float(other.hi - other.lo))
-        if width > _HIDDEN * (1 + abs(at)) * max(_typical(side, 1, [at]) for side in (left, right)):
-            raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
 
 
 def _inner_kinks(expr: Expr) -> list[float]:
@@ -108,7 +116,7 @@ def _check_smooth(expr: Expr) -> None:
     places = _inner_kinks(expr)
     if not places:
         return
-    steep = _typical(expr, 1, [])
+    steep = _seen(expr, np.linspace(-BORDER, BORDER, _CELLS))
     for kink in places:
         left = jet(expr, Interval(np.array(math.nextafter(kink, -math.inf)), np.array(kink))).slope
         right = jet(expr, Interval(np.array(kink), np.array(math.nextafter(kink, math.inf)))).slope
@@ -221,20 +229,31 @@ def most_bent(expr: Expr) -> float:
 def is_total(expr: Expr) -> bool:
     """Whether a function is known to be a number everywhere: its roots, logarithms and quotients of what they are of.
 
+    What may be smaller than the smallest normal number of float32 counts as 0: XLA may take it for that.
+
     Args:
       expr: the function.
     """
+    return all(_is_within(part) for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div"))
+
+
+def _is_within(part: Expr) -> bool:
+    tiny = float(np.finfo(np.float32).tiny)
     points = np.linspace(-BORDER, BORDER, _CELLS + 1)
     cells = Interval(np.append(-math.inf, points), np.append(points, math.inf))
-
-    def within(part: Expr) -> bool:
+    for _ in range(_HALVINGS):
         with np.errstate(all="ignore"):
             p = jet(part.args[-1], cells).value
         if part.op == "div":
-            return bool(np.all((p.lo > 0) | (p.hi < 0)))
-        return bool(np.all(p.lo >= 0) if part.op == "sqrt" else np.all(p.lo > (-1 if part.op == "log1p" else 0)))
-
-    return all(within(part) for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div"))
+            good = (p.lo >= tiny) | (p.hi <= -tiny)
+        else:
+            good = p.lo > -1 if part.op == "log1p" else p.lo >= (0 if part.op == "sqrt" else tiny)
+        lo, hi = cells.lo[~good], cells.hi[~good]
+        if not len(lo) or np.any(np.isinf(lo) | np.isinf(hi)):
+            break
+        middle = (lo + hi) / 2
+        cells = Interval(np.append(lo, middle), np.append(middle, hi))
+    return not len(lo)
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:

@@ -189,6 +189,11 @@ EXACT = {
     "select or": (lambda x: jnp.where((x < -1) | (x > 1), 2.0, 2 * jnp.abs(x)), S, 2.0),
     "select not": (lambda x: jnp.where(~(x > 0), 0.0, 2 * x), S, 2.0),
     "is_finite of a root that is": (lambda x: jnp.where(jnp.isfinite(jnp.sqrt(1 + x * x)), 2 * x, 0), S, 2.0),
+    "is_finite of a root of a square": (
+        lambda x: jnp.where(jnp.isfinite(jnp.sqrt((x - 1) ** 2 + 1e-6)), 2 * x, 0), S, 2.0
+    ),
+    "infinities of what has none": (lambda x: 2 * jnp.nan_to_num(x @ W), S, 2 * norm(W)),
+    "smooth step": (lambda x: jnp.where(x < 0, 0, jnp.where(x < 1, 3 * x**2 - 2 * x**3, 1)), S, 1.5),
     "is_finite of a power": (lambda x: jnp.where(jnp.isfinite(jnp.exp(x)), 2 * x, 0), S, 2.0),
     "select if not a number": (lambda x: jnp.where(jnp.isnan(x), 0, 2 * x), S, 2.0),
     "select by constants": (lambda x: jnp.where(MASK, 2 * x, 0), S, 2.0),
@@ -777,6 +782,22 @@ def after_infinity(x):
     return jnp.cumsum(jnp.concatenate([jnp.full((len(x), 1), jnp.inf), x], 1), 1)[:, :-1]
 
 
+def behind(x):
+    return lax.scan(lambda last, row: (row, last), jnp.full(3, jnp.inf), x)[1]
+
+
+def written(x):
+    held = jax.new_ref(jnp.zeros(x.shape))
+    held[...] = 5 * x
+    return held[...]
+
+
+def added(x):
+    held = jax.new_ref(jnp.zeros(3))
+    held[0] += x[0, 0]
+    return jax.freeze(held)
+
+
 def blurred(x):
     return (jnp.tanh(x) + 1e16) - 1e16
 
@@ -824,6 +845,21 @@ JUMPS = {
     "where a place is none": (lambda x: jnp.where(jnp.isfinite(no_place(x)), 0, x), "'is_finite'", HIDES),
     "where a sum after infinity is": (
         lambda x: jnp.where(jnp.isfinite(after_infinity(x)), 0, x), "'is_finite'", HIDES),
+    "where a filler of a loop is infinite": (lambda x: jnp.where(jnp.isfinite(behind(x)), 0, x), "'is_finite'", HIDES),
+    "where a logarithm is of what vanishes": (
+        lambda x: jnp.where(jnp.isfinite(jnp.log(jnp.maximum(x, 1e-40))), 0.0, 5.0), "'is_finite'", HIDES
+    ),
+    "where infinity is met": (lambda x: jnp.nan_to_num(jnp.log(x)), "'ne'", HIDES),
+    "a write": (written, "'swap'", "return what is to be bounded"),
+    "an added write": (added, "'swap'", "return what is to be bounded"),
+    "a write inside": (jax.jit(written), "'swap'", "return what is to be bounded"),
+    "jump of lines that cancel": (lambda x: jnp.where(x < 0, (x + 1e6) - 1e6, x + 1e-10), "'select_n'", "jumps at 0"),
+    "jump below a slope far out": (
+        lambda x: jnp.where(x < 0, (jnp.expm1(x) + 1e15) - 1e15, x + 0.05), "'select_n'", "too roughly at 0"
+    ),
+    "jump below a large slope": (
+        lambda x: jnp.where(x < 0, (1e4 * jnp.tanh(x) + 1e10) - 1e10, 1e4 * jnp.tanh(x)), "'select_n'", "too roughly"
+    ),
     "jump below rounding": (lambda x: jnp.where(x < 0, blurred(x), blurred(x) + 1), "'select_n'", "too roughly at 0"),
     "jump of a wave": (lambda x: jnp.where(x < 0, jnp.sin(x), 1e-9), "'select_n'", "jumps at 0"),
     "jump of a wave far out": (lambda x: jnp.where(x < 0, jnp.sin(1e9 + x), 0.5), "'select_n'", "jumps at 0"),
@@ -1309,6 +1345,29 @@ def test_masks_ask_constants_that_are_not_known_while_tracing(name):
         assert math.isnan(of(jnp.array([1, number, 2])))
     for number in good:
         assert of(jnp.array([1, number, 2])) == 0
+
+
+def test_masks_ask_branches_that_are_not_known_while_tracing():
+    def either(x, flag):
+        return lax.cond(flag, lambda x: x, lambda x: jnp.full(3, jnp.inf), x)
+
+    def of(flag):
+        return lipschitz.bound(lambda x: jnp.where(jnp.isfinite(either(x, flag)), 0, 5 * x), jnp.ones(3)).value
+
+    with pytest.raises(lipschitz.UnboundedError, match=HIDES):
+        jax.jit(of)(False)
+
+
+def test_mutable_arrays_are_not_written_while_the_bound_is_made():
+    count = jax.new_ref(jnp.zeros(()))
+
+    def counting(x):
+        count[...] += 1
+        return 2 * x
+
+    with pytest.raises(lipschitz.UnboundedError, match="writes to a mutable array"):
+        bound(counting, S)
+    assert count[...] == 0
 
 
 def test_mutable_arrays_are_read_when_the_bound_is_made():

@@ -60,7 +60,7 @@ def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         if not members:
             ys.append(jnp.zeros(*shape_and_dtype(variable)))
         else:
-            ys.append(_stack(members, walk.label(eqn)))
+            ys.append(_stack(walk, members, walk.label(eqn)))
     return [*carry, *ys]
 
 
@@ -89,12 +89,13 @@ def _refused(members: Sequence[Any]) -> Refused | None:
     return next((m for m in found if isinstance(m, Refused)), None)
 
 
-def _stack(members: Sequence[Any], label: Label) -> Any:
+def _stack(walk: Walk, members: Sequence[Any], label: Label) -> Any:
     refused = _refused(members)
     if refused is not None:
         return refused
     if all(map(is_constant, members)):
         return jnp.stack(members)
+    walk.entered.meet("stack", members)
     rows = [moved(m, m.places[None]) if isinstance(m, Signal) else jnp.asarray(m)[None] for m in members]
     return concatenate(rows, 0, label)
 
@@ -119,6 +120,7 @@ def _cond(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         if refused is not None:
             results.append(refused)
         elif signals:
+            walk.entered.meet("cond", members)
             results.append(whole(Either(walk.label(eqn), signals[0].shape, signals)))
         else:
             results.append(lax.select_n(jnp.clip(which, 0, len(branches) - 1), *members))

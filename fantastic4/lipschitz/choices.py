@@ -32,8 +32,13 @@ def _compare(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         left, right = a.expr, b.expr
     else:
         number = uniform(b if isinstance(a, Signal) else a)
-        if number is None or not math.isfinite(number):
+        if number is None or math.isnan(number):
             return walk.refuse(eqn, "compares with numbers that differ or are not known: a choice by that may jump")
+        if math.isinf(number):  # on one side of all numbers
+            if not always_a_number(walk, signal):
+                return walk.refuse(eqn, NOT_A_NUMBER)
+            above = (number > 0) == isinstance(a, Signal)
+            return np.full(signal.shape, name == "ne" or name in (("lt", "le") if above else ("gt", "ge")))
         left, right = (a.expr, const(number)) if isinstance(a, Signal) else (const(number), b.expr)
     if name in ("eq", "ne"):
         return walk.refuse(eqn, "asks for equality, and a choice by that jumps")

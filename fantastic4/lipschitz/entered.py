@@ -41,9 +41,9 @@ class Entered:
         self._strange = False
         self._unknown: dict[Any, tuple[str, int, Any]] = {}
 
-    def meet(self, name: str, operands: Sequence[tuple[int, Any]]) -> None:
+    def meet(self, name: str, operands: Sequence[Any]) -> None:
         """Keep in mind the constants among an operation's operands, each with its place."""
-        for place, constant in operands:
+        for place, constant in enumerate(operands):
             kind = jnp.result_type(constant) if isinstance(constant, np.generic | np.ndarray | Array | float) else None
             if kind is None or not (jnp.issubdtype(kind, jnp.floating) or (name == "div" and place == 1)):
                 continue

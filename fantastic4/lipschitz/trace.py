@@ -60,6 +60,8 @@ MOVES = (
 
 COMPLEX = "makes complex numbers: only real ones are known here"
 
+_WRITES = {"WriteEffect", "AccumEffect"}  # JAX has no public names for them
+
 _LARGEST = 100  # operations in one scalar function; what is nested deeper is bounded in parts
 
 USER_RULES: dict[str, Rule] = {}
@@ -137,6 +139,7 @@ class Walk:
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._constants: dict[Any, Any] = {}
         self.entered = Entered()
+        self.written: list[str] = []
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -177,6 +180,9 @@ class Walk:
 
         So ``net(x)[0] - net(x)[1]`` has one network, not two.
         """
+        if _WRITES & {type(effect).__name__ for effect in eqn.effects}:
+            self.written.append(f"{self.label(eqn)} writes to a mutable array, and what that holds is not followed")
+            return self.refuse(eqn, "writes to a mutable array")
         if eqn.effects:  # what a mutable array holds may have changed
             return self._results(eqn, operands)
         operands = list(map(self._first_equal, operands))
@@ -221,7 +227,7 @@ class Walk:
             return [Refused(str(error))] * len(eqn.outvars)
         results = list(found) if isinstance(found, list | tuple) else [found]
         if name not in CALLS and not all(map(is_constant, results)):
-            self.entered.meet(name, [(place, o) for place, o in enumerate(operands) if is_constant(o)])
+            self.entered.meet(name, operands)
         return results
 
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
@@ -306,6 +312,8 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
         arguments.append(Signal(node, leaf.shape, places, X, node.label))
     walk = Walk()
     outputs = walk.closed(closed, arguments)
+    if walk.written:
+        raise UnboundedError(f"{walk.written[0]}: return what is to be bounded")
     for output in outputs:
         if isinstance(output, Refused):
             raise UnboundedError(output.reason)
