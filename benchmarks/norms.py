@@ -135,7 +135,24 @@ def spectra(rounds: int) -> dict[str, Any]:
     return result
 
 
-PARTS = {"training": training, "spectra": spectra, "intervals": intervals}
+def matrices(rounds: int) -> dict[str, Any]:
+    """How far dense.bound is above the norm, in float32."""
+    del rounds
+    rng, result = np.random.default_rng(0), {}
+    for kind, sizes in (
+        ("Gaussian", ((128, 1152), (512, 4608), (1536, 1536))),
+        ("orthogonal", ((300, 300), (512, 512), (2048, 2048))),
+    ):
+        for rows, columns in sizes:
+            matrix = rng.standard_normal((rows, columns))
+            matrix = np.linalg.qr(matrix)[0] if kind == "orthogonal" else matrix
+            given = jnp.asarray(matrix, jnp.float32)
+            norm = np.linalg.norm(np.asarray(given, np.float64), 2)
+            result[f"ratio dense.bound / norm, {kind} {rows}x{columns}"] = float(f4.dense.bound(given)) / norm
+    return result
+
+
+PARTS = {"training": training, "spectra": spectra, "intervals": intervals, "matrices": matrices}
 
 if __name__ == "__main__":
     harness.main("norms", PARTS, __doc__)
