@@ -849,6 +849,8 @@ JUMPS = {
     "where a logarithm is of what vanishes": (
         lambda x: jnp.where(jnp.isfinite(jnp.log(jnp.maximum(x, 1e-40))), 0.0, 5.0), "'is_finite'", HIDES
     ),
+    "where float16 overflows": (lambda x: jnp.where(jnp.isinf(x.astype(jnp.float16)), 0, x), "'eq'", HIDES),
+    "where few bits overflow": (lambda x: jnp.where(jnp.isinf(lax.reduce_precision(x, 4, 10)), 0, x), "'eq'", HIDES),
     "where infinity is met": (lambda x: jnp.nan_to_num(jnp.log(x)), "'ne'", HIDES),
     "a write": (written, "'swap'", "return what is to be bounded"),
     "an added write": (added, "'swap'", "return what is to be bounded"),

@@ -21,7 +21,8 @@ def register_rule(primitive: Any, rule: Callable[..., Any]) -> None:
       primitive: a ``jax.extend.core.Primitive``, or its name.
       rule: a function ``rule(*operands, **params)`` of the equation's operands and parameters. An operand that depends
         on the input is a ``jax.ShapeDtypeStruct``, a constant is its array. It returns one number, or scalar array: the
-        Lipschitz constant of all outputs together in all such operands together; or None where there is none.
+        Lipschitz constant of all outputs together in all such operands together, on the whole space, so also that they
+        are numbers everywhere; or None where there is none.
 
     Raises:
       ValueError: something that is no primitive.

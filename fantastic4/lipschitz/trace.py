@@ -114,6 +114,12 @@ def shape_and_dtype(variable: Any) -> tuple[tuple[int, ...], Any]:
     return tuple(variable.aval.shape), variable.aval.dtype
 
 
+def _is_narrow(variable: Any) -> bool:
+    """Whether numbers of moderate size are infinite in a variable's type, as 65,520 in float16."""
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).max) < 1e38
+
+
 def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
     """Shape of the result of an equation that has one."""
     return shape_and_dtype(eqn.outvars[0])[0]
@@ -228,6 +234,8 @@ class Walk:
         results = list(found) if isinstance(found, list | tuple) else [found]
         if name not in CALLS and not all(map(is_constant, results)):
             self.entered.meet(name, operands)
+            if any(map(_is_narrow, eqn.outvars)):
+                self.entered.strange()
         return results
 
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
