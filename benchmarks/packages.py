@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 FOLDER = Path(__file__).resolve().parent.parent / ".data"
@@ -112,7 +113,7 @@ def _download_tarball(package: Package, target: Path) -> None:
     exact = f"{package.name}@{package.version}"
     url = _run(["npm", "view", exact, "dist.tarball"], package, target)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:  # what is printed may be read by a program
         task = progress.add_task(exact, total=None)
         try:
             resume(url, target, lambda done, total: progress.update(task, completed=done, total=total or None))

