@@ -89,8 +89,12 @@ def main(name: str, parts: Mapping[str, Callable[[int], dict[str, Any]]], descri
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}-{jax.default_backend()}.json"
     figures: dict[str, Any] = json.loads(target.read_text()) if options.only else {}
-    figures["machine"] = machine()
-    table = Table("figure", "value", title=figures["machine"]["cpu"])
+    now = machine()
+    if options.only:
+        figures.setdefault("measured again", {})[options.only] = now
+    else:
+        figures["machine"] = now
+    table = Table("figure", "value", title=now["cpu"])
     for part in [options.only] if options.only else parts:
         with console.status(f"{name}: measuring {part} …"):
             figures[part] = in_clean_process(name, part, options.rounds)
