@@ -62,7 +62,7 @@ def _check_continuous(expr: Expr) -> None:
             apart = not (one.lo <= other.hi and other.lo <= one.hi)
             width, size = max(float(one.hi - one.lo), float(other.hi - other.lo)), 1 + abs(at)
             around = np.append(ends, at + size * np.linspace(-1, 1, _CELLS))
-            if not apart and width > _HIDDEN * size * _seen(chosen, around):
+            if not apart and not width <= _HIDDEN * size * _seen(chosen, around):
                 raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
         if apart:
             raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
@@ -249,7 +249,8 @@ def _is_within(part: Expr) -> bool:
         else:
             good = p.lo > -1 if part.op == "log1p" else p.lo >= (0 if part.op == "sqrt" else tiny)
         lo, hi = cells.lo[~good], cells.hi[~good]
-        if not len(lo) or np.any(np.isinf(lo) | np.isinf(hi)):
+        # Where a root touches 0 few cells are left at each halving; where it is none, ever more.
+        if not len(lo) or len(lo) > _CELLS or np.any(np.isinf(lo) | np.isinf(hi)):
             break
         middle = (lo + hi) / 2
         cells = Interval(np.append(lo, middle), np.append(middle, hi))

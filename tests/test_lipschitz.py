@@ -828,6 +828,7 @@ JUMPS = {
     "a sum of what are numbers": (lambda x: jnp.nansum(jnp.log(x)), "'ne'", "not a number"),
     "where an infinite scale gives none": (lambda x: jnp.where(jnp.isnan(x * np.inf), 1.0, 0), "'ne'", "not a number"),
     "where a division by 0 is none": (lambda x: jnp.where(jnp.isnan(x / np.arange(3)), 1, 0), "'ne'", "not a number"),
+    "where a root is none between": (lambda x: jnp.where(jnp.isnan(jnp.sqrt(x * x - 1)), 1, 0), "'ne'", HIDES),
     "where zero has no logarithm": (lambda x: jnp.where(jnp.isfinite(jnp.log(0 * x)), 0, x), "'is_finite'", HIDES),
     "where a constant root is none": (
         lambda x: jnp.where(jnp.isnan(jnp.sqrt(jnp.clip(x, -2, -1))), x, 0), "'ne'", HIDES),

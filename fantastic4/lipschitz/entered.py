@@ -1,4 +1,4 @@
-"""Which constants make numbers of numbers: what is so nowhere infinite, and nowhere NaN, rests on them.
+"""Which constants make numbers of numbers, and not infinities or NaN.
 
 A mask like ``jnp.isfinite(h)`` is constant where h is a number at every input: where its functions are, and its
 constants. Those that are known while tracing are looked at; of the others, as under ``jit``, the result asks.

@@ -145,7 +145,7 @@ class Walk:
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._constants: dict[Any, Any] = {}
         self.entered = Entered()
-        self.written: list[str] = []
+        self.written: Label | None = None
 
     def label(self, eqn: core.JaxprEqn, operation: str | None = None) -> Label:
         """The label of an equation."""
@@ -187,7 +187,7 @@ class Walk:
         So ``net(x)[0] - net(x)[1]`` has one network, not two.
         """
         if _WRITES & {type(effect).__name__ for effect in eqn.effects}:
-            self.written.append(f"{self.label(eqn)} writes to a mutable array, and what that holds is not followed")
+            self.written = self.written or self.label(eqn)
             return self.refuse(eqn, "writes to a mutable array")
         if eqn.effects:  # what a mutable array holds may have changed
             return self._results(eqn, operands)
@@ -321,7 +321,8 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
     walk = Walk()
     outputs = walk.closed(closed, arguments)
     if walk.written:
-        raise UnboundedError(f"{walk.written[0]}: return what is to be bounded")
+        why = "writes to a mutable array, and what that holds is not followed: return what is to be bounded"
+        raise UnboundedError(f"{walk.written} {why}")
     for output in outputs:
         if isinstance(output, Refused):
             raise UnboundedError(output.reason)
