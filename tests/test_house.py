@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"devices", "promotion", "msgpack"},
     {"rounding", "linalg", "entry", "expression", "tables"},
-    {"conv", "dense", "symbol", "jets"},
+    {"conv", "dense", "symbol", "jets", "layout"},
     {"border", "unfolding", "gram", "supremum", "tails"},
     {"jacobian", "spectrum", "frequency", "power", "scalar"},
     {"ladder", "interval", "heuristics", "clipping"},
