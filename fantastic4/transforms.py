@@ -2,7 +2,8 @@
 
 Each works on the whole params tree and by path, as `fantastic4.network` does; put it into ``optax.chain``, ``masked``,
 ``multi_transform`` or ``MultiSteps``; ``inject_hyperparams`` needs the whole numbers (``iterations``, ``warmup``,
-``every``) as ``static_args``. Projections come last in a chain, for they must know what will be applied.
+``every``) as ``static_args``. For ``tree_utils.tree_map_params`` their states hold no parameters. Projections come last
+in a chain, for they must know what will be applied.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def add_spectral_penalty(
     """
 
     def init(params: Any) -> PenaltyState:
+        if _is_placeholder(params):
+            return PenaltyState(jnp.zeros((), jnp.int32), np.zeros(()), jnp.zeros(()))  # type: ignore[arg-type]
         start = jax.random.key(0) if key is None else key
         how: dict[str, Any] = {"select": select, "specs": specs, "method": method, "points": points, "warmup": warmup}
         state = network.init(params, key=start, **how)
@@ -111,6 +114,14 @@ def add_spectral_penalty(
         return network.replace(updates, added), PenaltyState(optax.safe_increment(state.updates), new, value)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether ``optax.tree_utils.tree_map_params`` asks where in a state something stands for each parameter.
+
+    Nowhere here: states go by kernel. A leaf where a whole tree would stand says that all of it is something else.
+    """
+    return type(params).__module__.startswith("optax.tree_utils")
 
 
 def _given(params: Any) -> Any:
@@ -229,8 +240,8 @@ def clip_spectrum(
       A transformation with state `ProjectionState`; its ``update`` needs ``params``.
 
     Raises:
-      ValueError: ``every`` < 1; in ``init`` or ``update``: an input shape for a path that does not exist, for a matrix,
-        or one that the strides do not divide.
+      ValueError: ``every`` < 1, input shapes without paths; in ``init`` or ``update``: an input shape for a path that
+        does not exist, for a matrix, or one that the strides do not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -244,6 +255,11 @@ def clip_spectrum(
       1.0
     """
     positive("maximum", maximum)
+    if not isinstance(input_shapes, Mapping):
+        raise ValueError(
+            f"input_shapes must be a dict from paths or globs to spatial sizes, as {{'Conv_*/kernel': (8, 8)}}, "
+            f"got {input_shapes!r}"
+        )
     shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in input_shapes.items()}
 
     def shape_of(layer: Layer) -> tuple[int, ...]:
@@ -302,7 +318,8 @@ def _projection(
     every = count(1)("every", every)
 
     def init(params: Any) -> ProjectionState:
-        find(params)
+        if not _is_placeholder(params):
+            find(params)
         return ProjectionState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: ProjectionState, params: Any = None) -> tuple[Any, ProjectionState]:

@@ -183,6 +183,26 @@ def test_within_optax(params, wrapper, kind):
         assert value <= 0.7 * (1 + 1e-6)
 
 
+def test_a_state_has_a_sharding_of_its_own(params):
+    """As for any of optax's own: parameters' shardings where parameters stand, another elsewhere."""
+    tx = optax.chain(
+        transforms.add_spectral_penalty(0.1),
+        optax.trace(0.9),
+        transforms.project_spectral_norm(1.0),
+        transforms.clip_spectrum(1.0, {"conv0/kernel": (6, 6)}),
+    )
+    state = tx.init(params)
+    names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    found = optax.tree_utils.tree_map_params(tx, lambda _, name: name, state, names, transform_non_params=lambda _: "")
+    assert found[1].trace == names
+    assert set(jax.tree.leaves((found[0], found[2:]))) == {""}
+    everywhere = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = optax.tree_utils.tree_map_params(
+        tx, lambda _: everywhere, state, transform_non_params=lambda _: everywhere
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_put(state, placed), state)
+
+
 def test_equinox_order_is_kept():
     """A kernel in PyTorch's order comes back in PyTorch's order."""
     weight = jax.random.normal(KEY, (4, 2, 3, 3))
@@ -201,6 +221,7 @@ BAD = {
     "an input shape for 'conv7', but no such kernel": lambda p: transforms.clip_spectrum(
         1.0, {"conv0*": (6, 6), "conv7": (6, 6)}
     ).init(p),
+    "input_shapes must be a dict from paths": lambda p: transforms.clip_spectrum(1.0, (6, 6)),
     "head/kernel is a matrix": lambda p: transforms.clip_spectrum(1.0, {"head*": (6,)}).init(p),
     "belong to another tree: no conv0/kernel": lambda p: transforms.add_spectral_penalty(1.0).update(
         p, transforms.add_spectral_penalty(1.0).init(p), {"head": p["head"]}
