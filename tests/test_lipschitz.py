@@ -23,6 +23,7 @@ from jax import lax
 from jax.extend import core
 
 from fantastic4 import lipschitz
+from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import USER_RULES
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))  # conftest prints it
@@ -121,6 +122,27 @@ def three_sided(x):
     return jnp.where(x < -1, -2, jnp.where(x > 1, 2, 2 * x))
 
 
+def edges_of(matrix):
+    """Where a matrix has its entries: what reads along them is a graph network."""
+    places = np.nonzero(matrix)
+    return (*places, np.asarray(matrix, DTYPE)[places])
+
+
+def over_edges(x, matrix):
+    rows, columns, weights = edges_of(matrix)
+    return jax.ops.segment_sum(x[columns] * weights[:, None], rows, len(matrix))
+
+
+def mean_over_edges(x, matrix):
+    rows, columns, _ = edges_of(matrix)
+    return jax.ops.segment_sum(x[columns], rows, len(matrix)) / np.bincount(rows, minlength=len(matrix))[:, None]
+
+
+HUB = np.zeros((6, 6))
+HUB[0, 1:] = HUB[1:, 0] = 1
+RING = np.eye(6) + np.roll(np.eye(6), 1, 0) * [1, 2, 0, 0.5, 1, 1] + 3 * np.diag([1, 0, 0, 0, 0], -1)
+
+
 S = (2, 3)
 # (function, shape of the input, its exact Lipschitz constant)
 EXACT = {
@@ -159,6 +181,20 @@ EXACT = {
     "gather out of bounds": (lambda x: x.at[np.array([1, 7])].get(mode="fill", fill_value=0), S, 1.0),
     "dynamic_slice": (lambda x: 2 * lax.dynamic_slice(x, (0, 1), (2, 2)), S, 2.0),
     "dynamic_update_slice of a constant": (lambda x: lax.dynamic_update_slice(x, jnp.ones((1, 1)), (0, 0)), S, 1.0),
+    # scatter.py
+    "write": (lambda x: 2 * x.at[np.array([1])].set(x[:1]), S, 8**0.5),
+    "write a constant": (lambda x: 2 * x.at[:, np.array([0, 2])].set(1.0), S, 2.0),
+    "write into a constant": (lambda x: 2 * jnp.ones((2, 7)).at[:, np.array([4, -1, 9])].set(x), S, 2.0),
+    "add into other entries": (lambda x: x.at[np.array([0])].add(x[:1]), S, 2.0),
+    "add a constant": (lambda x: 2 * x.at[np.array([0, 0])].add(3.0), S, 2.0),
+    "add into one place": (lambda x: jnp.ones(2).at[np.array([1, 1, 1])].add(2 * x[0]), S, 2 * 3**0.5),
+    "subtract from constants in places": (lambda x: x + jnp.ones(S).at[np.arange(2)].subtract(3 * x), S, 4.0),
+    "largest in a place": (lambda x: jax.ops.segment_max(2 * x.T, np.array([0, 1, 0]), 2), S, 2.0),
+    "smallest of several": (lambda x: x.at[np.array([0])].min(x[1:]), S, 2**0.5),
+    "sum over edges": (lambda x: over_edges(x, HUB), (6, 3), norm(HUB)),
+    "sum over edges with weights": (lambda x: over_edges(jnp.tanh(x), RING), (6, 1), norm(RING)),
+    "mean over edges": (lambda x: mean_over_edges(x, RING), (6, 1), norm((RING > 0) / (RING > 0).sum(1)[:, None])),
+    "gradient of reading": (lambda x: jax.grad(lambda y: jnp.sum(y[:, np.array([0, 1, 1])] ** 2))(x), S, 4.0),
     "convert": (lambda x: 2 * x.astype(jnp.float16).astype(jnp.float32), S, 2.0),
     "optimization_barrier": (lambda x: lax.optimization_barrier(2 * x), S, 2.0),
     "reduce_precision": (lambda x: 2 * lax.reduce_precision(x, 8, 23), S, 2.0),
@@ -818,6 +854,17 @@ JUMPS = {
     "cond": (lambda x: lax.cond(x[0, 0] > 0, lambda y: y, lambda y: y + 1, x), "'cond'", "may jump"),
     "while": (lambda x: lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x), "'while'", "use a fixed number"),
     "equality": (lambda x: jnp.where(x == 0, 1.0, x), "'eq'", "jumps"),
+    "written to places by the input": (
+        lambda x: jnp.zeros(3).at[lax.stop_gradient(x[0]).astype(int)].add(1.0), "'convert_element_type'", "jump"
+    ),
+    "written twice": (lambda x: x.at[np.array([0, 0])].set(2 * x), "'scatter'", "add them, or write each once"),
+    "applied in places": (lambda x: x.at[np.array([0])].apply(jnp.tanh), "'scatter'", "choose with jnp.where"),
+    "comparisons written": (
+        lambda x: jnp.where(jnp.zeros(S, bool).at[np.array([0])].set(x[:1] > 0), 1.0, 0.0), "", "jump"
+    ),
+    "where a segment is empty": (
+        lambda x: jnp.where(jnp.isfinite(jax.ops.segment_max(x, np.array([0, 0]), 2)), 0, x), "'is_finite'", HIDES
+    ),
     "sorted places": (lambda x: x[:, jnp.argsort(x[0])], "'sort'", "jumps"),
     "places by the input": (lambda x: x[jnp.argmax(x[:, 0])], "'argmax'", "jumps"),
     "where a root is none": (lambda x: jnp.where(jnp.isnan(jnp.sqrt(x - 1)), 0, x), "'ne'", HIDES),
@@ -995,6 +1042,8 @@ UNDER_JIT = {
     "places": lambda p: lambda x: (x @ p)[:, jnp.array([0, 2])],
     "places from the end": lambda p: lambda x: (x @ p)[:, jnp.array([-1, 0])],
     "diagonal": lambda p: lambda x: jnp.diagonal(x @ p),
+    "weights of edges": lambda p: lambda x: over_edges((x @ p).T / jnp.arange(1, 4)[:, None], HUB[:3, :3]),
+    "means over edges": lambda p: lambda x: mean_over_edges((x @ p).T, RING[:3, :3]),
     "counted loop": lambda p: lambda x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ p), (0, x))[1],
     "known branch": lambda p: lambda x: lax.cond(jnp.arange(3).sum() > 2, lambda y: y @ p, lambda y: jnp.sign(y), x),
     "masked": lambda p: lambda x: jnp.where(jnp.tril(jnp.ones(S, bool)), x @ p, 0),
@@ -1148,6 +1197,12 @@ def random_layer(rng, depth):
         "sort": lambda x: jnp.sort(x, axis),
         "cumsum": lambda x: jnp.cumsum(x, axis),
         "gather": lambda x: x[places],
+        "write": lambda x: x.at[places[:1]].set(number * x[1:2]),
+        "write across": lambda x: x.T.at[:, np.unique(places)].set(x[:, : len(np.unique(places))]),
+        "edges": lambda x: jnp.zeros((4, 4), x.dtype).at[places].add(x[places[::-1]] * matrix),
+        "edges and self": lambda x: x.at[places[:3]].add(nn.softplus(x[1:]) * vector),
+        "means": lambda x: jnp.zeros((4, 4), x.dtype).at[:, places].add(x[places]) / (1 + np.abs(vector)),
+        "largest": lambda x: x.at[places].max(number * x),
         "mask": lambda x: jnp.where(mask, x, fill),
         "mix": lambda x: jnp.where(mask, x, x.T),
         "shift": lambda x: jnp.pad(x, ((1, 0), (0, 0)), constant_values=fill)[:4],
@@ -1210,6 +1265,21 @@ def check_random_network(number):
 def test_random_networks(tenth):
     bounded = [check_random_network(number) for number in range(tenth, FEW, 10)]
     assert sum(bounded) >= len(bounded) / 2
+
+
+@pytest.mark.parametrize("spread", [0, 3, 40])
+def test_the_norm_of_few_entries_is_never_below_and_near(spread):
+    """Several entries in one place, components apart, sizes far apart."""
+    rng = np.random.default_rng((SEED, spread))
+    for _ in range(100):
+        m, n, count = rng.integers(1, 9, 3)
+        rows, columns = rng.integers(0, m, count), rng.integers(0, n, count)
+        values = np.exp(spread * rng.standard_normal(count)) * (rng.random(count) < 0.9)
+        dense = np.zeros((m, n))
+        np.add.at(dense, (rows, columns), values)
+        assert norm(dense) * (1 - 1e-14) <= norm_above(rows, columns, values) <= norm(dense) * 1.05
+    assert norm_above(rows[:0], columns[:0], values[:0]) == 0
+    assert np.isnan(norm_above(rows, columns, values * np.nan))
 
 
 @pytest.mark.fuzz

@@ -18,7 +18,8 @@ from fantastic4.lipschitz import patterns
 from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
-from fantastic4.lipschitz.trace import Walk, is_constant, out_shape, rule, shape_and_dtype, uniform
+from fantastic4.lipschitz.sparse import Sparse
+from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
 from fantastic4.scalar import is_total
 
 
@@ -96,7 +97,7 @@ def _plain_linear(signal: Signal) -> tuple[Linear, Fraction] | None:
     return node, straight[0]
 
 
-def _shifted(signal: Signal, label: Label) -> Signal:
+def shifted(signal: Signal, label: Label) -> Signal:
     """A signal plus constants that differ from entry to entry."""
     found = _plain_linear(signal)
     if found is not None and abs(found[1]) == 1:
@@ -107,13 +108,18 @@ def _shifted(signal: Signal, label: Label) -> Signal:
 
 def _wide(x: Any) -> Array:
     """Constants in the widest type there is: what is done with them is rounded."""
-    x = widened(jnp.asarray(x))
-    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    with at_once(x):
+        x = widened(jnp.asarray(x))
+        return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
     by = _wide(by)
+    if isinstance(signal.node, Sparse) and signal.is_shifted and signal.shape == signal.node.shape:
+        sparse = signal.node.scaled(by, label)
+        if sparse is not None:
+            return whole(sparse)
     found = _plain_linear(signal)
     # A number that is no float of the constants' type stays apart.
     if found is not None and by.ndim == len(signal.shape) and 1e-30 < abs(found[1]) < 1e30:
@@ -143,7 +149,7 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return scalar(signal, Expr(op, (left, right)), label)
     if op == "sub" and isinstance(b, Signal):
         signal = scalar(signal, Expr("neg", (signal.expr,)), label)
-    return _shifted(signal, label)
+    return shifted(signal, label)
 
 
 @rule("mul")
@@ -196,9 +202,11 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if number == 0:
         return walk.refuse(eqn, "divides by zero")
     b = _wide(b)
-    over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
-    vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)
-    return _times(a, jnp.where(vanished, jnp.copysign(tiny, b), over), label)
+    with at_once(b):
+        over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
+        vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)
+        by = jnp.where(vanished, jnp.copysign(tiny, b), over)
+    return _times(a, by, label)
 
 
 @rule("max", "min")

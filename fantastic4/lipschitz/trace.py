@@ -264,9 +264,13 @@ def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
     What a mutable array holds is known when it is read.
     """
-    known = all(map(is_known, operands)) and not eqn.effects
-    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+    with contextlib.nullcontext() if eqn.effects else at_once(*operands):
         return _bind(eqn, operands)
+
+
+def at_once(*operands: Any) -> contextlib.AbstractContextManager[None]:
+    """Where these are known, what is computed of them is known too, under ``jit`` as elsewhere."""
+    return jax.ensure_compile_time_eval() if all(map(is_known, operands)) else contextlib.nullcontext()
 
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
