@@ -38,9 +38,9 @@ LIPSCHITZ_FLOORS = [
     {"numbers"},
     {"nodes"},
     {"trace", "patterns", "order"},
-    {"moves", "linear", "register", "hessian", "training"},
+    {"moves", "linear", "register", "hessian", "training", "sparse"},
     {"scalars", "calls", "windows"},
-    {"choices"},
+    {"choices", "scatter"},
     {"__init__"},
 ]
 

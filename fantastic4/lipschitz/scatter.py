@@ -15,7 +15,7 @@ from fantastic4.lipschitz.moves import moved
 from fantastic4.lipschitz.nodes import Joint, Sum, settled
 from fantastic4.lipschitz.scalars import shifted
 from fantastic4.lipschitz.sparse import added_up
-from fantastic4.lipschitz.trace import Walk, is_known, out_shape, rule
+from fantastic4.lipschitz.trace import Walk, is_known, out_shape, rule, shape_and_dtype
 
 _DIGITS = 4096  # a place is two numbers below 2²⁴, which float32 holds
 
@@ -25,7 +25,7 @@ def _targets(eqn: core.JaxprEqn, where: Any) -> np.ndarray:
 
     Where they come from is what the transpose of adding them up reads.
     """
-    into, _, new = (jax.ShapeDtypeStruct(v.aval.shape, np.float32) for v in eqn.invars)
+    into, _, new = (jax.ShapeDtypeStruct(shape_and_dtype(v)[0], np.float32) for v in eqn.invars)
     names = "dimension_numbers", "indices_are_sorted", "unique_indices", "mode"
     p = {name: eqn.params[name] for name in names}
     with jax.ensure_compile_time_eval():
