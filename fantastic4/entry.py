@@ -29,7 +29,9 @@ def count(least: int) -> Callable[[str, Any], int]:
         try:
             number = operator.index(value)
         except TypeError:
-            raise ValueError(f"{name} must be an int, got {value!r}") from None
+            traced = isinstance(value, jax.core.Tracer)
+            fix = f": it cannot be traced; optax.inject_hyperparams keeps it out with static_args={name!r}"
+            raise ValueError(f"{name} must be an int, got {value!r}{fix if traced else ''}") from None
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
         return number
@@ -84,13 +86,15 @@ def mesh(name: str, value: Any) -> Mesh | None:
 def number(name: str, value: Any) -> Any:
     """A converter for `entry`: a scalar, which may be traced or a plain Python number; it stays dynamic."""
     if isinstance(value, bool) or not (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
-        raise ValueError(f"{name} must be a number or a scalar array, got {value!r}")
+        fix = ": for a schedule, optax.inject_hyperparams takes one" if callable(value) else ""
+        raise ValueError(f"{name} must be a number or a scalar array, got {value!r}{fix}")
     return value
 
 
 def positive(name: str, value: Any) -> Any:
     """A converter for `entry`: a `number` above 0, as far as it is known."""
-    if not isinstance(number(name, value), jax.core.Tracer) and not value > 0:
+    # By NumPy: what JAX computes while it traces something else is not known, even of a number that is.
+    if not isinstance(number(name, value), jax.core.Tracer) and not np.asarray(value) > 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     return value
 

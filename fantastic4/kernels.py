@@ -22,6 +22,14 @@ from fantastic4.conv import ConvSpec, geometry
 Select = str | Sequence[str] | Callable[[str, Any], bool]
 
 _NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
+_BESIDE = ("bias", "b", "scale", "offset")  # of layers that have kernels, or none
+_NO_KERNEL = (
+    "LayerNorm",
+    "RMSNorm",
+    "GroupNorm",
+    "BatchNorm",
+    "Embedding",
+)  # in Equinox: their weights are scales, rows
 _ATTENTION = {"query": 1, "key": 1, "value": 1, "out": -1}  # Flax's DenseGeneral in attention: how many input axes
 _MATRICES = ("DenseGeneral", "LinearGeneral", "Einsum")  # as Flax names layers that have no name
 
@@ -104,15 +112,31 @@ class Layer:
 
 def _path(keys: Sequence[Any]) -> tuple[str, ...]:
     """The path of a leaf as words; an NNX variable's own ``.value`` is no part of it."""
-    words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
-    return tuple(words[:-1]) if len(words) > 1 and words[-1] == "value" and words[-2] in _NAMES else tuple(words)
+    if len(keys) > 1 and getattr(keys[-1], "name", "") == "value":
+        keys = keys[:-1]
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+
+
+def _arrays(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf that has a shape and a dtype, with its path."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            yield _path(keys), leaf
 
 
 def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every leaf that has a shape and a floating dtype, with its path."""
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
-            yield _path(keys), leaf
+    """Those that hold real numbers."""
+    return ((words, leaf) for words, leaf in _arrays(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _without_kernel(params: Any) -> set[tuple[str, ...]]:
+    """Paths of Equinox's modules whose ``weight`` is no kernel."""
+
+    def is_one(module: Any) -> bool:
+        return type(module).__module__.startswith("equinox.nn") and type(module).__name__ in _NO_KERNEL
+
+    found = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_one)[0]
+    return {_path(keys) for keys, module in found if is_one(module)}
 
 
 def _matches(select: Select, path: str, leaf: Any) -> bool:
@@ -150,6 +174,12 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
     path, bias = "/".join(words), shapes.get((*words[:-1], "bias"), ())
     if parent.startswith("ConvLocal"):
         raise ValueError(f"{path}: ConvLocal has a kernel for every pixel, whose norm is not known: select others")
+    if bias == (shape[0], shape[-1]) and (bias != shape[-2:] or len(shape) == 3):
+        raise ValueError(
+            f"{path}: a kernel of shape {shape} beside a bias of shape {bias} looks like {shape[0]} layers, as nn.scan "
+            f"and vmap stack them: pass specs={{{path!r}: network.Stacked(network.Dense())}}, or Stacked(ConvSpec(…)), "
+            "or network.Dense(inputs=1) if it is one DenseGeneral"
+        )
     # A convolution's bias has one axis: one of several is that of a matrix, or of many convolutions side by side.
     matrix = words[-1] == "kernel" and 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias
     if matrix and (len(bias) == len(shape) - 1 or bias[0] != shape[0]):
@@ -165,10 +195,11 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
 def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec] | None = None) -> tuple[Layer, ...]:
     """The kernels of a params tree.
 
-    A kernel is a leaf named ``kernel`` (Flax), ``w`` (Haiku) or ``weight`` (Equinox: ``(c_out, c_in, *spatial)``).
-    With two axes it is a matrix, with three to five a convolution; the projections of Flax's attention are matrices,
-    and so is what has a bias of several axes. **A ``DenseGeneral`` of another name, with no such bias, is taken for a
-    convolution**: give it a spec.
+    A kernel is a leaf named ``kernel`` (Flax), ``w`` (Haiku) or ``weight`` (Equinox: ``(c_out, c_in, *spatial)``, but
+    of its norms and embeddings). **Leaves of other names are no kernels**, as those of recurrent cells: `report` lists
+    what it left out; specs name what is to be one. With two axes it is a matrix, with three to five a convolution; the
+    projections of Flax's attention are matrices, and so is what has a bias of several axes. **A ``DenseGeneral`` of
+    another name, or a stack of layers, with no such bias, is taken for a convolution**: give it a spec.
 
     Unless ``specs`` says otherwise a convolution has `ConvSpec`'s defaults: whatever its strides, dilation, groups,
     zero or circular padding, and transposed too, its norm is at most that; a spec with strides or groups is tighter.
@@ -178,14 +209,16 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
       params: any pytree.
       select: which of them: a glob on the path (``"*Conv*"``), several, or a function of path and leaf.
       specs: for paths or globs, a `ConvSpec`, `Dense` or `Stacked`; an exact path goes before a glob, a glob before
-        those after it. What is named here is a kernel whatever its own name; globs pass over leaves with one axis.
+        those after it. What is named here is a kernel whatever its own name; globs pass over biases and scales: leaves
+        with one axis, of a `Stacked` layer two.
 
     Returns:
       A `Layer` each, in the order of the tree.
 
     Raises:
-      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known, or of a ``ConvLocal``; two leaves of
-        one path; a spec for a path that does not exist, or that does not fit its kernel.
+      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known, of a ``ConvLocal``, or of no real
+        numbers; one that looks `Stacked` by its bias and has no spec; two leaves of one path; a spec for a path that
+        does not exist, or that does not fit its kernel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,16 +230,33 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     specs = dict(specs or {})
     layers, unused, seen = [], set(specs), []
     shapes = {words: tuple(leaf.shape) for words, leaf in _leaves(params)}
-    for words, leaf in _leaves(params):
+    without = _without_kernel(params)
+    selected = False
+    for words, leaf in _arrays(params):
         path = "/".join(words)
         seen.append(path)
-        # A glob passes over biases and scales, which have one axis; a path is taken at its word.
-        fits = [glob for glob in specs if glob == path or (leaf.ndim > 1 and fnmatch.fnmatchcase(path, glob))]
+
+        def is_meant(glob: str, path: str = path, leaf: Any = leaf) -> bool:
+            # A path is taken at its word.
+            axes = leaf.ndim - isinstance(specs[glob], Stacked)
+            return glob == path or (axes > 1 and fnmatch.fnmatchcase(path, glob))
+
+        fits = [glob for glob in specs if is_meant(glob)]
         given = path if path in fits else next(iter(fits), None)
         unused -= set(fits)
         if select is not None and not _matches(select, path, leaf):
             continue
-        spec = specs[given] if given is not None else _guess(words, shapes)
+        selected = True
+        if words not in shapes:
+            if given is not None or (words[-1] in _NAMES and 2 <= leaf.ndim <= 5):
+                raise ValueError(
+                    f"{path} holds {leaf.dtype}, and bounds are of real kernels: convert it, or select others"
+                )
+            continue
+        if given is not None:
+            spec: Spec | None = specs[given]
+        else:
+            spec = None if words[:-1] in without else _guess(words, shapes)
         if spec is None:
             continue
         if seen.count(path) > 1:
@@ -218,12 +268,29 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         raise ValueError(
             f"a spec for {sorted(unused)[0]!r}, but no such path: this tree has {some(seen, sorted(unused)[0])}"
         )
+    if not selected and select is not None:
+        raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
     if not layers:
         raise ValueError(
             f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with 2 to 5 axes, or one that select and "
             f"specs name; this tree has {some(seen)}"
         )
     return tuple(layers)
+
+
+def left_out(
+    params: Any, layers: Sequence[Layer], select: Select | None = None
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Leaves with two or more axes that are no kernels by their names: their paths and shapes."""
+    known = {layer.path for layer in layers}
+    return tuple(
+        (path, tuple(leaf.shape))
+        for words, leaf in _leaves(params)
+        if leaf.ndim > 1
+        and words[-1] not in _BESIDE
+        and (path := "/".join(words)) not in known
+        and (select is None or _matches(select, path, leaf))
+    )
 
 
 def some(paths: Sequence[str], near: str | None = None) -> str:

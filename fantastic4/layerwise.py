@@ -16,7 +16,7 @@ from fantastic4 import dense
 from fantastic4.bounds import METHODS, bound
 from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice
-from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at
+from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at, left_out
 from fantastic4.linalg import each
 from fantastic4.promotion import usual_promotion
 from fantastic4.tables import columns
@@ -36,18 +36,22 @@ def _bounds(leaves: Mapping[str, Array], layers: Sequence[Layer], method: str) -
     return found
 
 
-def bounds(params: Any, layers: Sequence[Layer], *, method: str = "four") -> dict[str, Array]:
+def bounds(params: Any, layers: Sequence[Layer] | None = None, *, method: str = "four") -> dict[str, Array]:
     """A sound upper bound of every layer's norm, by path: never below it, rounding included.
 
     Args:
       params: any pytree.
-      layers: from `find`.
+      layers: from `find`; all that it finds without.
       method: of `fantastic4.bound`; a matrix has its own.
 
     Returns:
-      A scalar each, or ``(layers,)`` for a `Stacked` kernel; differentiable.
+      A scalar each, or ``(layers,)`` for a `Stacked` kernel; differentiable, and for use under jit too.
+
+    Raises:
+      ValueError: what `find` refuses, layers of another tree, or an unknown method.
     """
     method = choice(*METHODS)("method", method)
+    layers = find(params) if layers is None else layers
     return _bounds(leaves_at(params, layers), layers, method)
 
 
@@ -73,10 +77,13 @@ class Report:
     Attributes:
       rows: a `Row` a layer.
       method: of `fantastic4.bound`.
+      left_out: paths and shapes of leaves with two or more axes that are no kernels by their names, such as embeddings
+        and the weights of recurrent cells: nothing here says what they do.
     """
 
     rows: tuple[Row, ...]
     method: str
+    left_out: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def product(self) -> float:
@@ -87,7 +94,12 @@ class Report:
         table = [("layer", "shape", "norm at most")]
         table += [(row.name, "×".join(map(str, row.shape)), f"{row.bound:.4g}") for row in self.rows]
         table += [("product", "", f"{self.product:.4g}")]
-        return columns(table, left=2)
+        lines = [columns(table, left=2)]
+        if self.left_out:
+            some = [f"{path} ({'×'.join(map(str, shape))})" for path, shape in self.left_out[:8]]
+            more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+            lines.append(f"left out, no kernels by their names: {', '.join(some)}{more}")
+        return "\n".join(lines)
 
 
 def report(
@@ -105,7 +117,7 @@ def report(
       `Report`.
 
     Raises:
-      ValueError: what `find` refuses, or an unknown method.
+      ValueError: what `find` refuses, an unknown method, or params that are traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,6 +128,8 @@ def report(
       product                          9
     """
     layers = find(params, select=select, specs=specs)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves_at(params, layers).values()):
+        raise ValueError("report writes a table of numbers, outside of jit: inside, call fantastic4.network.bounds")
     found = bounds(params, layers, method=method)
     leaves = leaves_at(params, layers)
     rows = []
@@ -123,4 +137,4 @@ def report(
         shape = jax.eval_shape(layer.kernels, leaves[layer.path]).shape[1 + layer.is_dense :]
         values = jnp.ravel(found[layer.path])
         rows += [Row(name, shape, float(value)) for name, value in zip(layer.names, values, strict=True)]
-    return Report(tuple(rows), method)
+    return Report(tuple(rows), method, left_out(params, layers, select))

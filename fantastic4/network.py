@@ -42,7 +42,7 @@ class NetworkState:
 
     Attributes:
       inner: a state for each group of kernels of one shape, stacked.
-      values: ``(layers,)``, the estimates of the last step, in the order of `names`; NaN before the first.
+      values: ``(layers,)``, the estimates of the last step, in the order of `names`; infinite before the first.
       layers: the kernels, static.
       groups: which of them go together, static.
     """
@@ -58,8 +58,8 @@ class NetworkState:
         return tuple(name for group in self.groups for i in group for name in self.layers[i].names)
 
     def by_name(self) -> dict[str, Array]:
-        """The estimates of the last step, for a log: ``{"Conv_0/kernel": 1.2, …}``."""
-        return dict(zip(self.names, self.values, strict=True))
+        """The estimates of the last step, for a log: ``{"Conv_0/kernel": 1.2, …}``; of an ensemble one each."""
+        return {name: self.values[..., i] for i, name in enumerate(self.names)}
 
 
 def _groups(layers: Sequence[Layer]) -> tuple[tuple[int, ...], ...]:
@@ -142,7 +142,7 @@ def init(
     how: dict[str, Any] = {"method": method, "points": points, "warmup": warmup}
     state = NetworkState(_starts(leaves, key, layers, groups, how), jnp.zeros(0), layers, groups)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves.values()))
-    return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.nan, dtype))
+    return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.inf, dtype))
 
 
 @jax.custom_jvp

@@ -23,7 +23,7 @@ from jax import Array, lax
 from fantastic4 import network
 from fantastic4.clipping import clip_singular_values
 from fantastic4.devices import on_any_mesh, vary_as
-from fantastic4.entry import count, positive, sizes
+from fantastic4.entry import count, number, positive, sizes
 from fantastic4.linalg import after
 from fantastic4.network import Layer, NetworkState, Select, Spec
 from fantastic4.promotion import usual_promotion
@@ -82,7 +82,8 @@ def add_spectral_penalty(
       A transformation with state `PenaltyState`; its ``update`` needs ``params``.
 
     Raises:
-      ValueError: in ``init`` and ``update``: what `fantastic4.network` refuses, or no params.
+      ValueError: a beta that is none of these; in ``init`` and ``update``: what `fantastic4.network` refuses, or no
+        params.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -93,6 +94,8 @@ def add_spectral_penalty(
       >>> print(round(float(updates["conv"]["kernel"][0, 0, 0, 0]), 3), float(updates["conv"]["bias"][0]))
       -0.1 -0.0
     """
+    if not callable(beta):
+        number("beta", beta)
 
     def init(params: Any) -> PenaltyState:
         if _is_placeholder(params):

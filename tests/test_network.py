@@ -145,6 +145,80 @@ def test_stacked_layers():
     np.testing.assert_allclose(bounds, truth, rtol=1e-6)
 
 
+def test_a_glob_of_stacked_layers_passes_over_their_biases():
+    params = nn.vmap(nn.Conv, {"params": 0}, {"params": True}, axis_size=3)(4, (3, 3)).init(
+        KEY, jnp.ones((3, 1, 5, 5, 2))
+    )
+    (layer,) = network.find(params["params"], specs={"*": network.Stacked()})
+    assert layer.path == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Dense, jnp.ones((3, 1, 4))), (nn.Dense, jnp.ones((3, 1, 5))), (nn.Conv, jnp.ones((3, 7, 2)))],
+)
+def test_a_stack_without_a_spec_is_known_by_its_bias(layer, x):
+    """As one layer its number would be smaller than the product of all."""
+    many = nn.vmap(layer, {"params": 0}, {"params": True}, axis_size=3)
+    model = many(4) if layer is nn.Dense else many(4, (3,))
+    with pytest.raises(ValueError, match=r"looks like 3 layers, as nn\.scan and vmap stack them"):
+        network.report(model.init(KEY, x)["params"])
+
+
+def test_what_is_no_kernel_is_left_alone_and_named():
+    keys = jax.random.split(KEY, 4)
+    model = {
+        "norm": eqx.nn.LayerNorm((4, 6, 6)),
+        "words": eqx.nn.Embedding(7, 4, key=keys[0]),
+        "cell": eqx.nn.GRUCell(4, 6, key=keys[1]),
+        "head": eqx.nn.Linear(6, 2, key=keys[2]),
+        "flax": {"embedding": jnp.ones((3, 2)), "bias": jnp.ones((2, 2)), "scale": jnp.ones(2)},
+    }
+    report = network.report(eqx.filter(model, eqx.is_inexact_array))
+    assert [row.name for row in report.rows] == ["head/weight"]
+    left = {"cell/weight_hh", "cell/weight_ih", "flax/embedding", "norm/weight", "words/weight"}
+    assert {path for path, _ in report.left_out} == left
+    assert "left out, no kernels by their names: cell/weight_ih (18×4), " in str(report)
+    (layer,) = network.find(model, select="words*", specs={"words/weight": network.Dense()})
+    assert layer.shape == (7, 4)
+    assert network.report(model, select="head*").left_out == ()
+
+
+def test_paths_of_nnx_are_those_of_its_variables():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.mix = nnx.Param(2 * jnp.eye(3))
+            self.layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    model = Model()
+    for tree in (model, nnx.state(model), nnx.to_pure_dict(nnx.state(model))):
+        assert {layer.path for layer in network.find(tree, specs={"mix": network.Dense()})} == {"mix", "layer/kernel"}
+    moved = network.replace(nnx.state(model), {"mix": jnp.zeros((3, 3))})
+    assert not nnx.to_pure_dict(moved)["mix"].any()
+
+
+def test_an_ensemble_has_the_values_of_each_member():
+    params = {name: {"kernel": size * jnp.eye(3)} for name, size in (("a", 1.0), ("b", 2.0))}
+    ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, 10 * leaf, 100 * leaf]), params)
+    state = jax.vmap(lambda p: network.init(p, key=KEY))(ensemble)
+    values = jax.vmap(network.step)(ensemble, state)[1].by_name()
+    np.testing.assert_allclose(values["a/kernel"], [1, 10, 100], rtol=1e-3)
+    np.testing.assert_allclose(values["b/kernel"], [2, 20, 200], rtol=1e-3)
+
+
+def test_nothing_is_not_a_number_under_debug_nans():
+    with jax.debug_nans(True):
+        state = jax.jit(lambda p: network.init(p, key=KEY, warmup=1))({"kernel": jnp.eye(3)})
+    assert np.isposinf(state.values).all()
+
+
+def test_bounds_find_their_layers_themselves(params):
+    found = jax.jit(network.bounds)(params)
+    assert found.keys() == network.bounds(params, network.find(params)).keys()
+    with pytest.raises(ValueError, match=r"inside, call fantastic4\.network\.bounds"):
+        jax.jit(network.report)(params)
+
+
 @pytest.mark.parametrize("method", ladder.TRAINING_METHODS)
 def test_together_or_alone_the_numbers_are_the_same(params, method, monkeypatch):
     """Kernels of one shape go through one vmap; each must come out as by itself."""
@@ -332,7 +406,9 @@ def test_selection(params):
 
 BAD = {
     "no kernel found: .* this tree has bias": lambda p: network.find({"bias": jnp.ones(3)}),
-    "no kernel found": lambda p: network.find(p, select="nothing*"),
+    "no kernel found: select .* chooses nothing": lambda p: network.find(p, select="nothing*"),
+    "b/kernel holds complex64": lambda p: network.find({**p, "b": {"kernel": 1j * jnp.eye(3)}}),
+    "b/w holds int8": lambda p: network.find({**p, "b": {"w": jnp.eye(3, dtype=jnp.int8)}}),
     "a spec for 'conv9/kernel', but no such path: this tree has conv[0-2]/kernel, conv[0-2]/kernel": lambda p: (
         network.find(p, specs={"conv9/kernel": f4.ConvSpec()})
     ),

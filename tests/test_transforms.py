@@ -183,6 +183,18 @@ def test_within_optax(params, wrapper, kind):
         assert value <= 0.7 * (1 + 1e-6)
 
 
+def test_a_limit_may_be_an_array(params):
+    """Known, while something else is traced."""
+    limit, below_zero = jnp.float32([0.7, -0.7])
+    tx = transforms.clip_spectrum(limit, {"conv0/kernel": (6, 6)}, every=1)
+    after = jax.jit(lambda p: optax.apply_updates(p, tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0]))(
+        params
+    )
+    assert float(f4.exact_norm(after["conv0"]["kernel"], (6, 6))) <= 0.7 * (1 + 1e-6)
+    with pytest.raises(ValueError, match="maximum must be a positive number"):
+        jax.jit(lambda k: f4.clip_singular_values(k, (6, 6), below_zero))(params["conv0"]["kernel"])
+
+
 def test_a_state_has_a_sharding_of_its_own(params):
     """As for any of optax's own: parameters' shardings where parameters stand, another elsewhere."""
     tx = optax.chain(
@@ -222,6 +234,13 @@ BAD = {
         1.0, {"conv0*": (6, 6), "conv7": (6, 6)}
     ).init(p),
     "input_shapes must be a dict from paths": lambda p: transforms.clip_spectrum(1.0, (6, 6)),
+    "beta must be a number or a scalar array, got None": lambda p: transforms.add_spectral_penalty(None),
+    "maximum must be a number .*: for a schedule, optax.inject_hyperparams": lambda p: transforms.project_spectral_norm(
+        lambda count: 1.0
+    ),
+    "iterations must be an int, .*inject_hyperparams keeps it out with static_args='iterations'": lambda p: jax.jit(
+        optax.inject_hyperparams(transforms.add_spectral_penalty)(beta=1.0).update
+    )(p, optax.inject_hyperparams(transforms.add_spectral_penalty)(beta=1.0).init(p), p),
     "head/kernel is a matrix": lambda p: transforms.clip_spectrum(1.0, {"head*": (6,)}).init(p),
     "belong to another tree: no conv0/kernel": lambda p: transforms.add_spectral_penalty(1.0).update(
         p, transforms.add_spectral_penalty(1.0).init(p), {"head": p["head"]}
