@@ -22,17 +22,23 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
     how = Wrapping(spec, module.mode, module.maximum, module.method, module.points, module.iterations, module.warmup)
     if module.is_initializing():
         layer(*args, **kwargs)  # makes the params
-    elif not module.has_variable(COLLECTION, "state"):
+    elif not module.has_variable(COLLECTION, "state") and not module.is_mutable_collection(COLLECTION):
         raise ValueError(
             f"{path}: no {COLLECTION} in the variables: pass what init returned, "
-            f"model.apply({{'params': params, '{COLLECTION}': stats}}, …)"
+            f"model.apply({{'params': params, '{COLLECTION}': stats}}, …), or make them for params from elsewhere: "
+            f"model.apply({{'params': params}}, …, mutable=['{COLLECTION}'], rngs={{'params': key}})"
         )
     if update_stats is None:
         update_stats = module.is_mutable_collection(COLLECTION)
     found: dict[str, Any] = {}
 
     def change(variables: Any) -> Any:
-        params = dict(variables["params"])
+        params = dict(variables.get("params", {}))
+        if "kernel" not in params:
+            raise ValueError(
+                f"{path}: no kernel among its params, {sorted(params)}: those of a layer that is made in setup() are "
+                "in 'layer_instance', below the name of its wrapper"
+            )
         stored, mask = params["kernel"], getattr(layer, "mask", None)
         kernel = meta.unbox(stored)  # nn.with_partitioning puts it into a box
         used = kernel if mask is None else kernel * mask
@@ -65,7 +71,11 @@ class SpectralBound(nn.Module):
 
     Around ``nn.Conv``, ``nn.ConvTranspose`` or ``nn.Dense``; strides, padding, groups and mask are read from it. Its
     state is in the collection ``"spectral_stats"``: ``state``, and ``bound``, the last value, to log. The stored
-    params are never touched, and stay where they are without the wrapper.
+    params are never touched, and stay where they are without the wrapper; of a layer that is made in ``setup()`` they
+    are in ``"layer_instance"``, below the wrapper's name. For params from elsewhere, a call with
+    ``mutable=["spectral_stats"]`` and ``rngs={"params": key}`` makes the state. Inside ``nn.scan`` and ``nn.vmap``
+    both collections need an axis, or Flax drops the penalty without a word:
+    ``variable_axes={"params": 0, "spectral_stats": 0, "losses": 0}``.
 
     * ``mode="penalty"`` sows the bound into the collection ``"losses"``, for whoever makes ``"losses"`` mutable: once
       for a layer, however often it is called.

@@ -63,7 +63,8 @@ class SpectralBound(nnx.Module):
           points: of ``"grid"``.
           iterations: power iterations a call.
           warmup: power iterations now.
-          update_stats: whether calls that do not say keep the new state; ``nnx.view`` and ``set_view`` change it.
+          update_stats: whether calls that do not say keep the new state; ``nnx.view`` and ``set_view`` change it. After
+            ``model.eval()`` they do not, as in ``nnx.BatchNorm``, until ``model.train()``.
           rngs: its ``params`` stream starts the vectors.
 
         Raises:
@@ -79,6 +80,7 @@ class SpectralBound(nnx.Module):
         self.layer_instance = layer_instance
         self.how = Wrapping(spec, mode, maximum, method, points, iterations, warmup)
         self.update_stats = update_stats
+        self.use_running_average = False  # what train() and eval() set
         kernel = self._kernel()
         start = self.how.start(kernel, rngs.params())
         value, _ = self.how.estimate(kernel, start)
@@ -105,7 +107,7 @@ class SpectralBound(nnx.Module):
         """
         layer: Any = self.layer_instance
         if update_stats is None:
-            update_stats = self.update_stats
+            update_stats = self.update_stats and not self.use_running_average
         if not update_stats and self.how.mode == "penalty":
             return layer(*args, **kwargs)
         value, new = self.how.estimate(self._kernel(), {name: v[...] for name, v in self.state.items()})
@@ -121,14 +123,17 @@ class SpectralBound(nnx.Module):
         copy: Any = nnx.merge(graph, state)
         return copy(*args, **kwargs)
 
-    def set_view(self, update_stats: bool | None = None) -> None:
+    def set_view(self, update_stats: bool | None = None, use_running_average: bool | None = None) -> None:
         """Used by ``nnx.view``.
 
         Args:
           update_stats: whether calls that do not say keep the new state.
+          use_running_average: whether they do not after all, as in ``nnx.BatchNorm``.
         """
         if update_stats is not None:
             self.update_stats = update_stats
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
 
 def penalty(model: nnx.Module) -> Array:

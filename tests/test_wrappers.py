@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx, serialization
 
 import fantastic4 as f4
-from fantastic4 import linen, network
+from fantastic4 import linen, lipschitz, network
 from fantastic4 import nnx as f4nnx
 
 KEY = jax.random.key(0)
@@ -255,6 +255,56 @@ def test_nnx_optimizer():
     before = float(model.conv.bound[...])
     nnx_train(model, optimizer, 10)
     assert float(model.conv.bound[...]) < 0.9 * before
+
+
+def test_nnx_eval_keeps_the_state_as_it_is():
+    """So that what is evaluated may be jitted, differentiated, and bounded."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(f4nnx.SpectralBound(nnx.Linear(3, 4, rngs=rngs), rngs=rngs, mode="hard", warmup=1))
+    x = jnp.ones((1, 3))
+    model.eval()
+    before = np.asarray(model(x))
+    np.testing.assert_allclose(jax.jit(lambda x: model(x))(x), before, rtol=1e-6)
+    np.testing.assert_array_equal(model(x), before)
+    assert lipschitz.bound(model, x).value > 0
+    nnx.view(model, use_running_average=False)(x)
+    moved = np.asarray(model(x))
+    assert (moved != before).any()
+    model.train()
+    model(x)
+    assert (model(x) != moved).any()
+
+
+def test_linen_makes_a_state_for_params_from_elsewhere():
+    plain, wrapped = nn.Conv(4, (3, 3)), linen.SpectralBound(nn.Conv(4, (3, 3)), mode="hard", warmup=100)
+    x = jnp.ones((1, 6, 6, 2))
+    params = plain.init(jax.random.key(0), x)["params"]
+    state = wrapped.init(jax.random.key(1), x)["params"].keys()
+    variables = {"params": params if "kernel" in state else dict.fromkeys(state, params)}
+    with pytest.raises(ValueError, match="make them for params from elsewhere"):
+        wrapped.apply(variables, x)
+    how = {"mutable": ["spectral_stats"], "rngs": {"params": jax.random.key(2)}}
+    _, new = wrapped.apply(variables, x, **how)
+    bound = jax.tree.leaves(new["spectral_stats"])[0]
+    np.testing.assert_allclose(bound, f4.four_bounds(params["kernel"]).min(), rtol=1e-3)
+
+
+def test_params_that_setup_puts_elsewhere_are_named():
+    class Model(nn.Module):
+        wrap: bool
+
+        def setup(self):
+            layer = nn.Conv(4, (3, 3))
+            self.stem = linen.SpectralBound(layer) if self.wrap else layer
+
+        def __call__(self, x):
+            return self.stem(x)
+
+    x = jnp.ones((1, 6, 6, 2))
+    plain, wrapped = (Model(wrap).init(jax.random.key(0), x) for wrap in (False, True))
+    assert wrapped["params"]["stem"].keys() == {"layer_instance"}
+    with pytest.raises(ValueError, match=r"no kernel among its params, .* in 'layer_instance', below the name of its"):
+        Model(True).apply({**wrapped, **plain}, x)
 
 
 def test_nnx_layers_in_scan_and_vmap():
