@@ -328,6 +328,19 @@ ACTIVATIONS = {
     "sin": lambda x: jnp.sin(2 * x),
     "cos": jnp.cos,
     "x + tanh": lambda x: x + jnp.tanh(x),
+    # forms.py
+    "sigmoid, written out": lambda x: 1 / (1 + jnp.exp(-x)),
+    "sigmoid, as a power": lambda x: 3 * (jnp.exp(-2 * x) + 1) ** -1,
+    "sigmoid, of exponentials": lambda x: jnp.exp(2 * jnp.sin(x)) / (1 + jnp.exp(2 * jnp.sin(x))),
+    "sigmoid, from the other side": lambda x: 1 - 1 / (1 + jnp.exp(x)),
+    "swish, written out": lambda x: x / (1 + jnp.exp(-x)),
+    "softplus, written out": lambda x: jnp.log(1 + jnp.exp(2 * x)) / 2,
+    "softplus, written out with log1p": lambda x: jnp.log1p(jnp.exp(x - 1)),
+    "tanh, written out": lambda x: (jnp.exp(x) - jnp.exp(-x)) / (jnp.exp(-x) + jnp.exp(x)),
+    "tanh, of one exponential": lambda x: (jnp.exp(2 * x) - 1) / (1 + jnp.exp(2 * x)),
+    "tanh, of one exponential backwards": lambda x: (1 - jnp.exp(-2 * x)) / (1 + jnp.exp(-2 * x)),
+    "tanh, of expm1": lambda x: jnp.expm1(x) / (jnp.exp(x) + 1),
+    "mish, written out": lambda x: x * jnp.tanh(jnp.log(1 + jnp.exp(x))),
 }
 
 
@@ -335,7 +348,10 @@ ACTIVATIONS = {
 def test_functions_of_one_number(name):
     fn = ACTIVATIONS[name]
     with jax.enable_x64(True):
-        grid = np.concatenate([np.linspace(-12, 12, 24_001) + 1e-7, [-1e-6, 1e-6, -1e4, 1e4]])
+        far = (
+            [] if "written out" in name or "exponential" in name or "power" in name else [-1e4, 1e4]
+        )  # ∞ / ∞ in floats
+        grid = np.concatenate([np.linspace(-12, 12, 24_001) + 1e-7, [-1e-6, 1e-6, *far]])
         grid = jnp.asarray(grid)
         steepest = float(jnp.abs(jax.vmap(jax.grad(fn))(grid)).max())
     found = bound(fn, (2,))

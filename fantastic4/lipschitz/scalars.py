@@ -14,7 +14,7 @@ from jax.extend import core
 
 from fantastic4.expression import Expr, affine, const
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import patterns
+from fantastic4.lipschitz import forms, patterns
 from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
@@ -25,7 +25,7 @@ from fantastic4.scalar import is_total
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
     """A signal under another scalar function."""
-    return dataclasses.replace(signal, expr=expr, label=label)
+    return dataclasses.replace(signal, expr=forms.known(expr), label=label)
 
 
 @rule("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")

@@ -1,0 +1,55 @@
+"""Functions written out in exponentials: as the ones they are, whose slopes far out are no ∞ / ∞."""
+
+from __future__ import annotations
+
+from fantastic4.expression import Expr, const
+
+_ONE = const(1.0)
+
+
+def _negative(u: Expr) -> Expr:
+    return u.args[0] if u.op == "neg" else Expr("neg", (u,))
+
+
+def _exponent_beside_one(expr: Expr) -> Expr | None:
+    """u, of 1 + exp(u)."""
+    if expr.op != "add":
+        return None
+    return next((b.args[0] for a, b in (expr.args, expr.args[::-1]) if a == _ONE and b.op == "exp"), None)
+
+
+def _quotient(top: Expr, bottom: Expr) -> Expr | None:
+    """Of what becomes the logistic function or the hyperbolic tangent."""
+    u = _exponent_beside_one(bottom)
+    if u is not None:
+        e = Expr("exp", (u,))
+        half = Expr("tanh", (Expr("mul", (const(0.5), u)),))
+        if top in (Expr("expm1", (u,)), Expr("sub", (e, _ONE))):
+            return half
+        if top == Expr("sub", (_ONE, e)):
+            return Expr("neg", (half,))
+        if top == e:
+            return Expr("logistic", (u,))
+        share = Expr("logistic", (_negative(u),))
+        return share if top == _ONE else Expr("mul", (top, share))
+    # (exp(a) - exp(b)) / (exp(a) + exp(b))
+    both = top.op == "sub" and bottom.op == "add" and all(part.op == "exp" for part in top.args)
+    if both and bottom.args in (top.args, top.args[::-1]):
+        a, b = (part.args[0] for part in top.args)
+        return Expr("tanh", (Expr("mul", (const(0.5), Expr("sub", (a, b)))),))
+    return None
+
+
+def known(expr: Expr) -> Expr:
+    """The expression, or what it is equal to for all numbers: only the outermost operations are looked at."""
+    if expr.op == "power" and expr.number == 1:
+        return expr.args[0]
+    if expr.op == "div":
+        return _quotient(*map(known, expr.args)) or expr
+    if expr.op in ("log", "log1p"):
+        (inside,) = expr.args
+        u = _exponent_beside_one(inside if expr.op == "log" else Expr("add", (_ONE, inside)))
+        if u is not None and not (u.op == "neg" and u.args[0].op == "abs"):
+            far = Expr("log1p", (Expr("exp", (Expr("neg", (Expr("abs", (u,)),)),)),))
+            return Expr("add", (Expr("max", (u, const(0.0))), far))
+    return expr
