@@ -232,6 +232,30 @@ def most_bent(expr: Expr) -> float:
         raise refused
 
 
+@functools.lru_cache(maxsize=4096)
+def largest_value(expr: Expr) -> float:
+    """An upper bound of sup |f| over all numbers; infinity where none is known.
+
+    Args:
+      expr: the function.
+
+    Example:
+      >>> from fantastic4.scalar import X, Expr, largest_value
+      >>> largest_value(Expr("tanh", (X,)))
+      1.0
+    """
+    with np.errstate(all="ignore"):
+        value = jet(expr, _cells()).value
+        found = float(np.maximum(np.abs(value.lo), np.abs(value.hi)).max())
+    return found if math.isfinite(found) else math.inf
+
+
+def _cells() -> Interval:
+    """The whole line in pieces."""
+    points = np.linspace(-BORDER, BORDER, _CELLS + 1)
+    return Interval(np.append(-math.inf, points), np.append(points, math.inf))
+
+
 def is_total(expr: Expr) -> bool:
     """Whether a function is known to be a number everywhere: its roots, logarithms and quotients of what they are of.
 
@@ -245,8 +269,7 @@ def is_total(expr: Expr) -> bool:
 
 def _is_within(part: Expr) -> bool:
     tiny = float(np.finfo(np.float32).tiny)
-    points = np.linspace(-BORDER, BORDER, _CELLS + 1)
-    cells = Interval(np.append(-math.inf, points), np.append(points, math.inf))
+    cells = _cells()
     for _ in range(_HALVINGS):
         with np.errstate(all="ignore"):
             p = jet(part.args[-1], cells).value

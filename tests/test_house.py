@@ -38,7 +38,7 @@ LIPSCHITZ_FLOORS = [
     {"numbers"},
     {"nodes"},
     {"trace", "patterns", "order"},
-    {"moves", "linear", "register", "hessian", "training", "sparse", "forms"},
+    {"moves", "norms", "linear", "register", "hessian", "training", "sparse", "forms"},
     {"scalars", "calls", "windows"},
     {"choices", "scatter"},
     {"__init__"},

@@ -284,6 +284,11 @@ EXACT = {
     "log_softmax": (lambda x: nn.log_softmax(8 * x), S, 8 * 3**0.5),
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
+    # norms.py
+    "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
+    "norms of rows": (lambda x: jnp.linalg.norm(x - B, axis=1), S, 1.0),
+    "norm of what is repeated": (lambda x: jnp.sqrt(1e-6 + jnp.sum(jnp.concatenate([x, x]) ** 2)), S, 2**0.5),
+    "root of a mean of squares": (lambda x: jnp.sqrt(jnp.mean(x * x, 1)), S, 3**-0.5),
     "centred too far": (lambda x: x - 3 * x.mean(1, keepdims=True), S, 2.0),
 }  # fmt: skip
 
@@ -294,6 +299,36 @@ def test_known_constants(name):
     found = bound(fn, shape)
     assert exact * (1 - 1e-12) <= found <= exact * (1 + 1e-3)
     assert_sound(found, steepest_seen(fn, shape))
+
+
+def rms_normalised(x):
+    return x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 0.25)
+
+
+# (function, what it is at most): reached at 0, or nearly
+BOUNDED = {
+    "norm and a constant": (lambda x: 3 * x / (jnp.linalg.norm(x) + 0.5), 6.0),
+    "norms of rows and a constant": (lambda x: x / (2 * jnp.linalg.norm(x, axis=1, keepdims=True) + 0.5), 2.0),
+    "root of squares and a constant": (lambda x: x / jnp.sqrt(jnp.sum(x**2) + 0.25), 2.0),
+    "root of squares, both constants": (lambda x: x / (jnp.sqrt(4 * jnp.sum(x**2) + 1) + 1), 0.5),
+    "root of mean squares": (rms_normalised, 2.0),
+    "norm, at least": (lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=0, keepdims=True), 0.5), 2.0),
+    "root, at least": (lambda x: x / jnp.maximum(jnp.sqrt(jnp.sum(x**2) + 4), 0.5), 0.5),
+    "normalised functions": (lambda x: jnp.sin(x) / (jnp.linalg.norm(jnp.sin(x)) + 0.5), 2.0),
+    "product of bounded ones": (lambda x: jnp.tanh(x) * nn.sigmoid(2 * x[::-1]), 1.5),
+    "product of clipped ones": (lambda x: jnp.clip(x, -1, 1) * jnp.clip(x.sum(), -2, 2), 8.0),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_what_is_divided_by_norms_or_bounded(name):
+    fn, most = BOUNDED[name]
+    found = bound(fn, S)
+    assert found <= most * (1 + 1e-5)
+    near = np.random.default_rng(0).standard_normal((60, 6)) * np.geomspace(1e-3, 3, 60)[:, None]
+    truth = steepest_seen(fn, S, near)
+    assert_sound(found, truth)
+    assert "product" in name or found <= truth * 1.01
 
 
 ACTIVATIONS = {
@@ -930,10 +965,19 @@ JUMPS = {
     "jump of a wave": (lambda x: jnp.where(x < 0, jnp.sin(x), 1e-9), "'select_n'", "jumps at 0"),
     "jump of a wave far out": (lambda x: jnp.where(x < 0, jnp.sin(1e9 + x), 0.5), "'select_n'", "jumps at 0"),
     "long chain": (lambda x: functools.reduce(lambda y, _: jnp.exp(-y), range(8), x), "'exp'", "finite slope"),
-    "product": (lambda x: x * x[::-1], "'mul'", "bound both factors, or register a rule"),
+    "product": (lambda x: x * x[::-1], "'mul'", "bound both factors, as by jnp.clip or jnp.tanh, or register a rule"),
+    "product with a bounded one": (lambda x: x * jnp.tanh(x[::-1]), "'mul'", "not both known to be bounded"),
     "square": (lambda x: x * x, "'mul'", "Bound its argument first"),
     "attention": (lambda x: x @ x.T, "'dot_general'", "no Lipschitz constant"),
-    "normalisation": (lambda x: x / jnp.sum(jnp.abs(x)), "'div'", "register a rule"),
+    "normalisation": (lambda x: x / jnp.sum(jnp.abs(x)), "'div'", "x / (norm(x) + c)"),
+    "normalisation without a constant": (lambda x: x / jnp.linalg.norm(x), "'div'", "with a constant c > 0"),
+    "normalisation of negative numbers": (lambda x: x / jnp.sqrt(jnp.sum(x**2) - 1), "'div'", "x / sqrt(sum(x²) + c)"),
+    "normalisation less a constant": (
+        lambda x: x / (jnp.sqrt(jnp.sum(x**2) + 1) - 2), "'div'", "x / maximum(norm(x), c)"
+    ),
+    "normalisation by others": (
+        lambda x: x / (jnp.linalg.norm(x[::-1], axis=1, keepdims=True) + 1), "'div'", "Normalisation has one as"
+    ),
     "reciprocal": (lambda x: 1 / x, "'div'", "without a finite slope"),
     "root": (lambda x: jnp.sqrt(jnp.abs(x)), "'sqrt'", "without a finite slope"),
     "kernel of the input": (lambda x: conv(x[None], jnp.ones((1, 3, 1)) * x[0, 0]), "'conv_general_dilated'", "kernel"),
@@ -1212,6 +1256,10 @@ def random_layer(rng, depth):
         "range": lambda x: (x.max(axis, keepdims=True) - x.min(axis, keepdims=True)) * np.ones((4, 4), DTYPE),
         "sort": lambda x: jnp.sort(x, axis),
         "cumsum": lambda x: jnp.cumsum(x, axis),
+        "norm": lambda x: x * 0 + jnp.linalg.norm(x, axis=axis, keepdims=True),
+        "normalise": lambda x: number * x / (jnp.sqrt(jnp.sum(x**2, axis, keepdims=True) + abs(fill)) + 0.3),
+        "shorten": lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 0.7),
+        "gate": lambda x: jnp.tanh(x @ matrix) * nn.sigmoid(number * x),
         "gather": lambda x: x[places],
         "write": lambda x: x.at[places[:1]].set(number * x[1:2]),
         "write across": lambda x: x.T.at[:, np.unique(places)].set(x[:, : len(np.unique(places))]),

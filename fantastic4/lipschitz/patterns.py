@@ -17,7 +17,7 @@ from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
 
 
-def _spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
+def spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
     """Whether a signal is all of a reduced node, spread back over the axes that were reduced."""
     kept = [1 if a in axes else n for a, n in enumerate(shape)]
     wanted = np.broadcast_to(np.arange(int(np.prod(kept))).reshape(kept), shape)
@@ -62,7 +62,7 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
         return None
     exponent = dataclasses.replace(top, expr=top.expr.args[0])
     axes = _sum_of_exponentials(bottom, exponent)
-    if axes is None or not _spread_of(bottom, top.shape, axes):
+    if axes is None or not spread_of(bottom, top.shape, axes):
         return None
     source, level = _without_level(exponent, axes)
     return whole(Fixed(dataclasses.replace(label, operation="softmax"), top.shape, (source,), 0.5, unmoved=level))
@@ -82,7 +82,7 @@ def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
     if b.expr not in _LOGS:
         return None
     axes = _sum_of_exponentials(b, a)
-    if axes is None or not _spread_of(b, a.shape, axes):
+    if axes is None or not spread_of(b, a.shape, axes):
         return None
     count = int(np.prod([a.shape[x] for x in axes]))
     source, level = _without_level(a, axes)
@@ -125,7 +125,7 @@ def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
     if straight is None or not isinstance(node, Reduced) or node.label.operation != "reduce_sum":
         return None
     (inner,) = node.inputs
-    if not inner.same_entries(a) or inner.expr != a.expr or not _spread_of(b, a.shape, node.axes):
+    if not inner.same_entries(a) or inner.expr != a.expr or not spread_of(b, a.shape, node.axes):
         return None
     count = int(np.prod([a.shape[x] for x in node.axes]))
     factor = max(1.0, math.nextafter(float(abs(1 - straight[0] * count)), math.inf))

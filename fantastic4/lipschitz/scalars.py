@@ -14,13 +14,13 @@ from jax.extend import core
 
 from fantastic4.expression import Expr, affine, const
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import forms, patterns
+from fantastic4.lipschitz import forms, norms, patterns
 from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
-from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Scaled, Sum
+from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
 from fantastic4.lipschitz.sparse import Sparse
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
-from fantastic4.scalar import is_total
+from fantastic4.scalar import is_total, largest_value
 
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
@@ -31,7 +31,14 @@ def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
 @rule("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
 def _unary(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
     (signal,) = operands
-    return scalar(signal, Expr(eqn.primitive.name, (signal.expr,)), walk.label(eqn))
+    label = walk.label(eqn)
+    if eqn.primitive.name == "sqrt":
+        return _root(signal, label)
+    return scalar(signal, Expr(eqn.primitive.name, (signal.expr,)), label)
+
+
+def _root(signal: Signal, label: Label) -> Signal:
+    return norms.norm(signal, label) or scalar(signal, Expr("sqrt", (signal.expr,)), label)
 
 
 @rule("square", "integer_pow", "rsqrt", "exp2")
@@ -41,7 +48,8 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if eqn.primitive.name == "exp2":
         return scalar(signal, Expr("exp", (Expr("mul", (const(math.log(2)), e)),)), label)
     if eqn.primitive.name == "rsqrt":
-        return scalar(signal, Expr("div", (const(1.0), Expr("sqrt", (e,)))), label)
+        root = _root(signal, label)
+        return scalar(root, Expr("div", (const(1.0), root.expr)), label)
     y = 2 if eqn.primitive.name == "square" else eqn.params["y"]
     if y == 0:
         return np.ones(signal.shape, np.float32)
@@ -152,6 +160,12 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return shifted(signal, label)
 
 
+def _bounded_product(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """A product of bounded functions, as tanh(u) · sigmoid(v)."""
+    sizes = largest_value(a.expr), largest_value(b.expr)
+    return whole(Product(label, a.shape, (a, b), sizes=sizes)) if max(sizes) < math.inf else None
+
+
 @rule("mul")
 def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
@@ -160,10 +174,13 @@ def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return (
             _of_one("mul", a, b, label)
             or patterns.softmax_product(a, b, label)
+            or norms.normalised_product(a, b, label)
+            or _bounded_product(a, b, label)
             or walk.refuse(
                 eqn,
-                "multiplies two signals that both depend on the input: no Lipschitz constant on the whole space. "
-                "Attention and gates have none: bound both factors, or register a rule",
+                "multiplies two signals that both depend on the input, not both known to be bounded: no Lipschitz "
+                "constant on the whole space. Attention and gates have none: bound both factors, as by jnp.clip or "
+                "jnp.tanh, or register a rule",
             )
         )
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
@@ -181,10 +198,11 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return (
             _of_one("div", a, b, label)
             or patterns.softmax(a, b, label)
+            or norms.normalised(a, b, label)
             or walk.refuse(
                 eqn,
-                "divides by what depends on the input: no Lipschitz constant that is known. "
-                "Normalisation needs a constant under its root: register a rule for it",
+                "divides by what depends on the input: no Lipschitz constant that is known. Normalisation has one as "
+                "x / sqrt(sum(x²) + c), x / (norm(x) + c), x / maximum(norm(x), c) with a constant c > 0",
             )
         )
     if isinstance(b, Signal):

@@ -1,0 +1,96 @@
+"""Euclidean norms of entries, and what is divided by them, recognised by what the pieces compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+from fantastic4.expression import Expr, X, affine
+from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.nodes import Fixed, Reduced
+from fantastic4.lipschitz.patterns import spread_of
+
+_UP = 1 + 1e-14
+
+
+@dataclasses.dataclass(eq=False)
+class Norm(Fixed):
+    """√(Σ u² + b) over axes, with b ≥ 0, a times: its gradient a u / √(Σ u² + b) is no longer than a.
+
+    Attributes:
+      of: u.
+      axes: which.
+      least: the smallest number that it can be.
+    """
+
+    of: Signal | None = None
+    axes: tuple[int, ...] = ()
+    least: float = 0.0
+
+
+def _squared(expr: Expr) -> Expr | None:
+    """e, of e²."""
+    if expr.op == "power" and expr.number == 2:
+        return expr.args[0]
+    return expr.args[0] if expr.op == "mul" and expr.args[0] == expr.args[1] else None
+
+
+def norm(signal: Signal, label: Label) -> Signal | None:
+    """The root of a signal, where that is a sum of squares, times a number, plus one that is not negative."""
+    node, straight = signal.node, affine(signal.expr)
+    if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or straight is None:
+        return None
+    (inner,), (a, b) = node.inputs, straight
+    base = _squared(inner.expr)
+    if base is None or a <= 0 or b < 0:
+        return None
+    of = dataclasses.replace(inner, expr=base)
+    least = math.sqrt(b) * (1 - 1e-15)
+    name = dataclasses.replace(label, operation="norm")
+    found = Norm(name, node.shape, (of,), math.sqrt(a) * _UP, of=of, axes=node.axes, least=least)
+    return dataclasses.replace(signal, node=found, expr=X, label=name)
+
+
+def _smallest(expr: Expr, least: float) -> float | None:
+    """The smallest value, where an expression of a norm is p x + q with p > 0 and q ≥ 0, or that or a larger number."""
+    if expr.op == "max":
+        parts = [(affine(part), part) for part in expr.args]
+        numbers = [float(straight[1]) for straight, _ in parts if straight is not None and straight[0] == 0]
+        others = [_smallest(part, least) for straight, part in parts if straight is None or straight[0] != 0]
+        if len(numbers) == 1 and others[0] is not None:
+            return max(numbers[0], others[0])
+        return None
+    straight = affine(expr)
+    if straight is None or straight[0] <= 0 or straight[1] < 0:
+        return None
+    return float(straight[0] * Fraction(least) + straight[1]) * (1 - 1e-15)
+
+
+def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
+    """U / g with g = p √(a Σ u² + b) + q, or the larger of that and a number: at most 1 over the smallest g.
+
+    The Jacobian I / g - (p a / (s g²)) u uᵀ, with s the root, has the eigenvalues 1/g and (p b + q s) / (s g²), which
+    lies between 0 and 1/g.
+    """
+    node = bottom.node
+    if not isinstance(node, Norm) or node.of is None or not top.same_entries(node.of):
+        return None
+    times = X
+    if top.expr.op == "mul" and top.expr.args[0].op == "const" and top.expr.args[1] == node.of.expr:
+        top, times = dataclasses.replace(top, expr=node.of.expr), Expr("mul", (top.expr.args[0], X))
+    if top.expr != node.of.expr:
+        return None
+    smallest = _smallest(bottom.expr, node.least)
+    if not smallest or smallest < 0 or not spread_of(bottom, top.shape, node.axes):
+        return None
+    name = dataclasses.replace(label, operation="normalise")
+    return dataclasses.replace(whole(Fixed(name, top.shape, (top,), _UP / smallest)), expr=times)
+
+
+def normalised_product(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """U · (1 / g)."""
+    for top, bottom in ((a, b), (b, a)):
+        if bottom.expr.op == "div" and bottom.expr.args[0] == Expr("const", (), 1.0):
+            return normalised(top, dataclasses.replace(bottom, expr=bottom.expr.args[1]), label)
+    return None
