@@ -41,7 +41,13 @@ _CHUNK = 512  # pairs of an example and a class that are searched together
 
 
 def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
-    matrix = jnp.asarray(matrix)
+    try:
+        matrix = jnp.asarray(matrix)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be numbers, as fantastic4.lipschitz.margins and margin_curvatures return them, got "
+            f"{type(matrix).__name__}; of a lipschitz.Bound, √2 times its value"
+        ) from None
     if matrix.shape not in ((), (classes, classes)):
         raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
     return jnp.broadcast_to(not_negative(name, matrix), (classes, classes))
@@ -289,6 +295,9 @@ def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.nd
       radii: of the predictions, from this module.
       epsilon: the distance, at least 0; a radius must exceed it.
 
+    Raises:
+      ValueError: labels or radii of another shape, or a negative epsilon.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from fantastic4 import robustness
@@ -297,5 +306,8 @@ def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.nd
       >>> robustness.certified_accuracy(net, x, jnp.array([0, 0]), jnp.array([3.0, 1.0]), 2.0)
       0.5
     """
-    right = jnp.argmax(classifier.logits(fn, x), axis=1) == jnp.asarray(labels)
-    return float(jnp.mean(right & (jnp.asarray(radii) > epsilon)))
+    predicted, labels, radii = jnp.argmax(classifier.logits(fn, x), axis=1), jnp.asarray(labels), jnp.asarray(radii)
+    for name, given in (("labels", labels), ("radii", radii)):
+        if given.shape != predicted.shape:
+            raise ValueError(f"{name} must have the shape {predicted.shape}, one for each example, got {given.shape}")
+    return float(jnp.mean((predicted == labels) & (radii > not_negative("epsilon", epsilon))))

@@ -143,6 +143,23 @@ def test_certified_accuracy_counts_what_is_right_and_beyond():
     [
         (lambda: robustness.lipschitz_radii(lambda x: x[0], jnp.ones((2, 3)), 1.0), r"logits \(batch, classes\)"),
         (lambda: robustness.lipschitz_radii(linear, jnp.ones((2, 2)), jnp.ones((2, 2))), r"\(3, 3\)"),
+        (
+            lambda: robustness.lipschitz_radii(linear, jnp.ones((2, 2)), lipschitz.bound(linear, jnp.ones((2, 2)))),
+            r"margins must be numbers, .* of a lipschitz\.Bound, √2 times its value",
+        ),
+        # As (2, 1) they would count every example with the labels of all.
+        (
+            lambda: robustness.certified_accuracy(linear, jnp.ones((2, 2)), jnp.zeros((2, 1)), jnp.ones(2), 0.1),
+            r"labels must have the shape \(2,\), .* got \(2, 1\)",
+        ),
+        (
+            lambda: robustness.certified_accuracy(linear, jnp.ones((2, 2)), jnp.zeros(2), jnp.ones(3), 0.1),
+            r"radii must have the shape \(2,\)",
+        ),
+        (
+            lambda: robustness.certified_accuracy(linear, jnp.ones((2, 2)), jnp.zeros(2), jnp.ones(2), -0.1),
+            "epsilon must not be negative",
+        ),
         (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2), int), 1.0), "floating"),
         (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2)), 1.0, steps=0), "steps"),
     ],
