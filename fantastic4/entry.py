@@ -106,9 +106,10 @@ def not_negative(name: str, value: Any) -> Any:
     return value
 
 
-def _key(value: Any) -> None:
+def key(value: Any) -> None:
     """Refuse what is no key of ``jax.random``."""
-    dtype = getattr(value, "dtype", type(value).__name__)
+    # Not whatever has a dtype: an nnx.Rngs has every attribute.
+    dtype = value.dtype if isinstance(value, jax.Array | np.ndarray) else type(value).__name__
     if isinstance(dtype, str) or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
         raise ValueError(f"key must be a key, as jax.random.key makes it, got {dtype}")
 
@@ -154,7 +155,7 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
                     given.arguments[name] = static[name](name, value)
                     continue
                 try:
-                    _key(value) if name == "key" else _arrays(name, value)
+                    key(value) if name == "key" else _arrays(name, value)
                 except ValueError as error:
                     raise ValueError(f"{error} in {function.__name__}") from None
             return call(*given.args, **given.kwargs)

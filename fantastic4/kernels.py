@@ -125,8 +125,12 @@ def _arrays(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Those that hold real numbers."""
-    return ((words, leaf) for words, leaf in _arrays(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    """Those that hold real numbers, of 16 bits or more: JAX computes with no others."""
+    return ((words, leaf) for words, leaf in _arrays(params) if _is_real(leaf.dtype))
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
 
 
 def _without_kernel(params: Any) -> set[tuple[str, ...]]:
@@ -250,7 +254,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         if words not in shapes:
             if given is not None or (words[-1] in _NAMES and 2 <= leaf.ndim <= 5):
                 raise ValueError(
-                    f"{path} holds {leaf.dtype}, and bounds are of real kernels: convert it, or select others"
+                    f"{path} holds {leaf.dtype}, and bounds are of float16 and wider: convert it, or select others"
                 )
             continue
         if given is not None:

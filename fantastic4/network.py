@@ -20,6 +20,7 @@ from jax import Array
 from fantastic4 import ladder, msgpack
 from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice, count, number, optional, same_kind
+from fantastic4.entry import key as checked_key
 from fantastic4.kernels import Dense, Layer, Select, Spec, Stacked, find, leaves_at, replace, some
 from fantastic4.layerwise import Report, Row, bounds, report
 from fantastic4.linalg import each
@@ -135,6 +136,7 @@ def init(
       ValueError: what `find` and `fantastic4.ladder.init` refuse.
     """
     msgpack.register()
+    checked_key(key)
     layers = find(params, select=select, specs=specs)
     leaves, groups = leaves_at(params, layers), _groups(layers)
     method, points = choice(*ladder.TRAINING_METHODS)("method", method), optional(count(1))("points", points)

@@ -408,6 +408,10 @@ BAD = {
     "no kernel found: .* this tree has bias": lambda p: network.find({"bias": jnp.ones(3)}),
     "no kernel found: select .* chooses nothing": lambda p: network.find(p, select="nothing*"),
     "b/kernel holds complex64": lambda p: network.find({**p, "b": {"kernel": 1j * jnp.eye(3)}}),
+    "b/w holds float8_e4m3fn, and bounds are of float16": lambda p: network.find(
+        {**p, "b": {"w": jnp.eye(3, dtype=jnp.float8_e4m3fn)}}
+    ),
+    "key must be a key, as jax.random.key makes it, got Rngs": lambda p: network.init(p, key=nnx.Rngs(0)),
     "b/w holds int8": lambda p: network.find({**p, "b": {"w": jnp.eye(3, dtype=jnp.int8)}}),
     "a spec for 'conv9/kernel', but no such path: this tree has conv[0-2]/kernel, conv[0-2]/kernel": lambda p: (
         network.find(p, specs={"conv9/kernel": f4.ConvSpec()})
