@@ -160,7 +160,8 @@ def bound(
 
     Returns:
       Scalar, differentiable in both modes; its vectors are held constant in second derivatives, which are zero but for
-      ``"gram_conv"``. 0 for a zero kernel, NaN where an entry is NaN or infinite.
+      ``"gram_conv"``. ``"weighted"`` holds its weights constant too: its derivative is that of the bound with these
+      weights, not of the best ones. 0 for a zero kernel, NaN where an entry is NaN or infinite.
 
     Raises:
       ValueError: an unknown method, a grid too coarse, an option of another method, or what `four_bounds` refuses.

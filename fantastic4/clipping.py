@@ -88,8 +88,11 @@ def clip_singular_values(
     # Every tap of the kernel is one entry of its canonical form: the transposed map takes it out again.
     (back,) = jax.linear_transpose(to_canonical, kernel)(change)
     clipped = kernel + back
-    bound = _circular_bound(clipped, shape, spec)
-    return clipped * jnp.minimum(1, maximum / bound * (1 - 4 * jnp.finfo(kernel.dtype).eps)).astype(kernel.dtype)
+    # What is smaller than the smallest normal float may vanish, before the bound is taken and after: sums of taps too.
+    vanished = jnp.finfo(kernel.dtype).tiny * math.prod(kernel.shape)
+    bound = _circular_bound(clipped, shape, spec) + vanished
+    share = jnp.maximum(maximum - vanished, 0) / bound * (1 - 4 * jnp.finfo(kernel.dtype).eps)
+    return clipped * jnp.minimum(1, share).astype(kernel.dtype)
 
 
 def _circular_bound(kernel: Array, shape: tuple[int, ...], spec: ConvSpec) -> Array:

@@ -14,9 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fantastic4.devices import on_any_mesh
+from fantastic4.linalg import check_dtype
 from fantastic4.promotion import usual_promotion
-
-_UNKNOWN = (np.dtype(object), np.dtype(np.longdouble), np.dtype(np.clongdouble))  # dtypes of NumPy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -123,8 +122,7 @@ def _arrays(name: str, value: Any) -> None:
             kind = type(leaf).__name__
             came = kind if leaf is value else f"a {type(value).__name__} with {kind}"
             raise ValueError(f"{name} must be {wanted}, got {came}")
-        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _UNKNOWN:
-            raise ValueError(f"{name} has dtype {leaf.dtype}, which JAX does not know: cast it, .astype(np.float32)")
+        check_dtype(name, leaf)
 
 
 def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:

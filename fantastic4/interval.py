@@ -152,9 +152,9 @@ def _scaled(value: float, exponent: int, outward: float) -> float:
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    """Float64 within, on a device that computes it as IEEE 754 says: a TPU does not."""
+    """Float64 within, on a device that computes it as IEEE 754 says: a TPU does not. Now, whatever is being traced."""
     device = jax.devices("cpu")[0] if jax.default_backend() == "tpu" else None
-    with jax.enable_x64(True), jax.default_device(device):
+    with jax.enable_x64(True), jax.default_device(device), jax.ensure_compile_time_eval():
         yield
 
 

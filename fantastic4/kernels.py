@@ -168,8 +168,13 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
       ValueError: a layer that is no convolution by its name.
     """
     shape = shapes[words]
-    if words[-1] not in _NAMES or not 2 <= len(shape) <= 5 or 0 in shape:
+    if words[-1] not in _NAMES or len(shape) < 2 or 0 in shape:
         return None
+    if len(shape) > 5:
+        raise ValueError(
+            f"{'/'.join(words)}: a kernel of shape {shape} has more axes than a 3-D convolution: pass specs with "
+            "network.Stacked(…) or network.Dense(inputs=…) for it, or select others"
+        )
     if len(shape) == 2:
         return Dense()
     parent = words[-2] if len(words) > 1 else ""
@@ -191,7 +196,8 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
     if matrix or parent.startswith(_MATRICES):
         raise ValueError(
             f"{path}: a kernel of shape {shape} does not tell which of its axes are inputs: pass "
-            f"specs={{{path!r}: network.Dense(inputs=1)}}, or with as many as there are"
+            f"specs={{{path!r}: network.Dense(inputs=1)}}, or with as many as there are, or network.Stacked(…) if its "
+            "first axis counts layers"
         )
     return ConvSpec()
 
@@ -252,7 +258,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
             continue
         selected = True
         if words not in shapes:
-            if given is not None or (words[-1] in _NAMES and 2 <= leaf.ndim <= 5):
+            if given is not None or (words[-1] in _NAMES and leaf.ndim > 1):
                 raise ValueError(
                     f"{path} holds {leaf.dtype}, and bounds are of float16 and wider: convert it, or select others"
                 )
@@ -276,7 +282,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
     if not layers:
         raise ValueError(
-            f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with 2 to 5 axes, or one that select and "
+            f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with two axes or more, or one that "
             f"specs name; this tree has {some(seen)}"
         )
     return tuple(layers)

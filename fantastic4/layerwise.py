@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fantastic4 import dense
@@ -130,11 +130,12 @@ def report(
     layers = find(params, select=select, specs=specs)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves_at(params, layers).values()):
         raise ValueError("report writes a table of numbers, outside of jit: inside, call fantastic4.network.bounds")
-    found = bounds(params, layers, method=method)
+    with jax.ensure_compile_time_eval():
+        found = bounds(params, layers, method=method)
     leaves = leaves_at(params, layers)
     rows = []
     for layer in layers:
         shape = jax.eval_shape(layer.kernels, leaves[layer.path]).shape[1 + layer.is_dense :]
-        values = jnp.ravel(found[layer.path])
+        values = np.ravel(found[layer.path])
         rows += [Row(name, shape, float(value)) for name, value in zip(layer.names, values, strict=True)]
     return Report(tuple(rows), method, left_out(params, layers, select))

@@ -15,17 +15,31 @@ from jax.typing import DTypeLike
 HIGHEST = lax.Precision.HIGHEST
 """On a GPU or TPU the default for float32 is a product with 8 to 11 bits: no bound survives that."""
 
+_UNKNOWN = (np.dtype(object), np.dtype(np.longdouble), np.dtype(np.clongdouble))  # dtypes of NumPy
+
+
+def check_dtype(name: str, x: Any) -> None:
+    """Refuse NumPy's arrays of a dtype that JAX does not know."""
+    if isinstance(x, np.ndarray | np.generic) and (x.dtype in _UNKNOWN or not x.dtype.isnative):
+        kind = x.dtype if x.dtype.isnative else x.dtype.str
+        raise ValueError(f"{name} has dtype {kind}, which JAX does not know: cast it, .astype(np.float32)")
+
 
 def real_array(x: Array | np.ndarray, name: str) -> Array:
     """``x`` as an array of float32 or wider; half precision is widened to float32, exactly.
 
     Raises:
-      ValueError: ``x`` is no array, or is of an integer, boolean or complex dtype.
+      ValueError: ``x`` is no array, or is of an integer, boolean or complex dtype, or of fewer than 16 bits.
     """
     if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
         raise ValueError(f"{name} must be one array, got {type(x).__name__}: jnp.asarray makes one")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must have a real floating dtype, got {x.dtype}: cast it with .astype(jnp.float32)")
+    check_dtype(name, x)
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    if not floating or jnp.finfo(x.dtype).bits < 16:
+        wide = " of 16 bits or more" if floating else ""
+        raise ValueError(
+            f"{name} must have a real floating dtype{wide}, got {x.dtype}: cast it with .astype(jnp.float32)"
+        )
     return widened(jnp.asarray(x))
 
 

@@ -43,7 +43,7 @@ class NetworkState:
 
     Attributes:
       inner: a state for each group of kernels of one shape, stacked.
-      values: ``(layers,)``, the estimates of the last step, in the order of `names`; infinite before the first.
+      values: ``(layers,)``, the estimates of the last step, in the order of `names`; 0 before the first.
       layers: the kernels, static.
       groups: which of them go together, static.
     """
@@ -144,7 +144,7 @@ def init(
     how: dict[str, Any] = {"method": method, "points": points, "warmup": warmup}
     state = NetworkState(_starts(leaves, key, layers, groups, how), jnp.zeros(0), layers, groups)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves.values()))
-    return dataclasses.replace(state, values=jnp.full(len(state.names), jnp.inf, dtype))
+    return dataclasses.replace(state, values=jnp.zeros(len(state.names), dtype))
 
 
 @jax.custom_jvp

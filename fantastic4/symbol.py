@@ -98,7 +98,9 @@ def grid(sizes: tuple[int, ...], dilation: tuple[int, ...]) -> Grid:
     f = np.indices(sizes).reshape(len(sizes), -1).T * np.array(dilation) % n
     key = np.minimum(np.ravel_multi_index(f.T, sizes), np.ravel_multi_index((-f % n).T, sizes))
     classes, of = np.unique(key, return_inverse=True)
-    return Grid(sizes, dilation, np.stack(np.unravel_index(classes, sizes), -1).astype(np.int32), of.ravel())
+    points = np.stack(np.unravel_index(classes, sizes), -1)
+    # Of 32 bits with and without jax_enable_x64: what JAX makes of an array that is kept, it keeps too.
+    return Grid(sizes, dilation, points.astype(np.int32), of.ravel().astype(np.int32))
 
 
 class Gram(NamedTuple):

@@ -102,6 +102,12 @@ CASES = {
     "rtol of zero": (lambda: f4.norm_interval(K, rtol=0.0), "rtol must be a positive number, got 0.0"),
     "rtol too small": (lambda: f4.norm_interval(K, rtol=1e-15), "rtol 1e-15 is below what float64 can certify .* the least is"),
     "no tests": (lambda: f4.norm_interval(K, max_tests=0), "max_tests must be at least 1, got 0"),
+    "float8": (
+        lambda: f4.bound(K.astype(jnp.float8_e4m3fn)), "real floating dtype of 16 bits or more, got float8_e4m3fn: cast"
+    ),
+    "the other byte order": (lambda: f4.bound(np.asarray(K).astype(">f4")), r"kernel has dtype >f4, which JAX does not"),
+    "interval in the other byte order": (lambda: f4.norm_interval(np.ones((3, 1, 1), ">f8")), "kernel has dtype >f8"),
+    "interval of long doubles": (lambda: f4.norm_interval(np.ones((3, 1, 1), np.longdouble)), r"cast it, \.astype"),
     "interval of integers": (lambda: f4.norm_interval(np.ones((3, 3, 2, 4), int)), "kernel must have a real floating dtype"),
     "interval at size 0": (lambda: f4.norm_interval(K, input_shape=(0, 4)), "entries of at least 1"),
     "interval at a wrong rank": (lambda: f4.norm_interval(K, input_shape=(4,)), r"input_shape \(4,\) must have 2 entries"),

@@ -81,6 +81,43 @@ def test_cropping_alone_would_break_the_promise():
     assert oracle.norm(oracle.dense(cropped, size, padding="CIRCULAR")) > 1.02 * 0.5 * s[0]
 
 
+def cancelling():
+    """Taps whose sum is as small as a float may be."""
+    kernel = np.full((99, 1, 1), -np.finfo(np.float32).tiny, np.float32)
+    kernel[0] *= -100
+    return kernel, (1,), 2 * float(np.finfo(np.float32).tiny)
+
+
+NORMAL = np.random.default_rng(0).standard_normal((5, 5, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "maximum"),
+    [
+        cancelling(),
+        *((NORMAL, (6, 6), 10**exponent) for exponent in (-35.5, -35.0, -33.0, -30.0)),
+        (np.zeros((3, 1, 1), np.float32), (4,), 1e-40),
+        (np.full((3, 1, 1), 1e-41, np.float32), (4,), 1e-40),
+    ],
+)
+def test_clipping_to_the_smallest_of_floats(kernel, size, maximum):
+    """Entries that fall below the smallest normal number vanish, and then the others add up to more."""
+    clipped = np.asarray(f4.clip_singular_values(kernel, size, maximum), np.float64)
+    truth = oracle.circular_values(clipped / maximum, size)[0]
+    assert truth <= 1
+    assert truth > 0.9 or maximum < 1e-33
+
+
+def test_one_shape_with_and_without_x64():
+    values = []
+    for wide in (False, True, False):
+        with jax.enable_x64(wide):
+            values.append(np.asarray(f4.singular_values(NORMAL, (6, 6))))
+            f4.clip_singular_values(NORMAL, (6, 6), 1.0)
+    np.testing.assert_array_equal(values[0], values[2])
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+
+
 def test_clipping_inside_a_jitted_step_with_a_traced_threshold():
     kernel = jnp.asarray(cases.kernel("circular"))
     clip = jax.jit(lambda k, c: f4.clip_singular_values(k, (4, 5), c))

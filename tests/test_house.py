@@ -21,7 +21,8 @@ from benchmarks import report
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"devices", "promotion", "msgpack"},
-    {"rounding", "linalg", "entry", "expression", "tables"},
+    {"rounding", "linalg", "expression", "tables"},
+    {"entry"},
     {"conv", "dense", "symbol", "jets", "layout"},
     {"border", "unfolding", "gram", "supremum", "tails"},
     {"jacobian", "spectrum", "frequency", "power", "scalar"},

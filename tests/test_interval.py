@@ -350,3 +350,17 @@ def test_a_threshold_within_the_rounding_certifies_nothing():
 def test_ends_at_the_end_of_the_floats_are_not_reached(entry):
     found = f4.norm_interval(np.full((1, 1, 2, 2), entry))
     assert found.reached == (found.upper <= (1 + 1e-3) * found.lower)
+
+
+@pytest.mark.parametrize("input_shape", [None, (3,)])
+def test_a_known_kernel_is_enclosed_while_something_else_is_traced(input_shape):
+    kernel = np.random.default_rng(0).standard_normal((3, 2, 2))
+    found = []
+
+    @jax.jit
+    def traced(x):
+        found.append(f4.norm_interval(kernel, input_shape=input_shape))
+        return x
+
+    traced(1.0)
+    assert found[0] == f4.norm_interval(kernel, input_shape=input_shape)

@@ -206,10 +206,16 @@ def test_an_ensemble_has_the_values_of_each_member():
     np.testing.assert_allclose(values["b/kernel"], [2, 20, 200], rtol=1e-3)
 
 
-def test_nothing_is_not_a_number_under_debug_nans():
-    with jax.debug_nans(True):
+def test_a_state_starts_with_numbers():
+    with jax.debug_nans(True), jax.debug_infs(True):
         state = jax.jit(lambda p: network.init(p, key=KEY, warmup=1))({"kernel": jnp.eye(3)})
-    assert np.isposinf(state.values).all()
+    assert not state.values.any()
+
+
+def test_a_report_of_known_numbers_is_made_while_something_else_is_traced(params):
+    found = []
+    jax.jit(lambda x: x * (found.append(network.report(params)) or 1))(1.0)
+    assert found[0] == network.report(params)
 
 
 def test_bounds_find_their_layers_themselves(params):
@@ -412,6 +418,9 @@ BAD = {
         {**p, "b": {"w": jnp.eye(3, dtype=jnp.float8_e4m3fn)}}
     ),
     "key must be a key, as jax.random.key makes it, got Rngs": lambda p: network.init(p, key=nnx.Rngs(0)),
+    "b/kernel: a kernel of shape .* has more axes than a 3-D convolution: .*Stacked": lambda p: network.report(
+        {**p, "b": {"kernel": jnp.ones((2, 3, 3, 3, 2, 4))}}
+    ),
     "b/w holds int8": lambda p: network.find({**p, "b": {"w": jnp.eye(3, dtype=jnp.int8)}}),
     "a spec for 'conv9/kernel', but no such path: this tree has conv[0-2]/kernel, conv[0-2]/kernel": lambda p: (
         network.find(p, specs={"conv9/kernel": f4.ConvSpec()})
