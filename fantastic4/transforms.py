@@ -157,8 +157,8 @@ def project_spectral_norm(
     After every projection ``fantastic4.bound(kernel, spec, method=method)`` of what ``optax.apply_updates`` makes is
     at most ``maximum``: the very floats are checked, in half precision too. So it must be last in its chain. Updates
     narrower than their params come out in the params' type. One update in half precision cannot take a kernel far: from
-    a hundred times the maximum its direction suffers, from a thousand it may become 0: give those float32 updates. Params
-    and updates whose sum overflows stay as they are: their bound is NaN.
+    a hundred times the maximum its direction suffers, from a thousand it may become 0: give those float32 updates.
+    Params and updates whose sum overflows stay as they are: their bound is NaN.
 
     Args:
       maximum: the limit, a positive number.
