@@ -312,6 +312,8 @@ BOUNDED = {
     "root of squares and a constant": (lambda x: x / jnp.sqrt(jnp.sum(x**2) + 0.25), 2.0),
     "root of squares, both constants": (lambda x: x / (jnp.sqrt(4 * jnp.sum(x**2) + 1) + 1), 0.5),
     "root of mean squares": (rms_normalised, 2.0),
+    "RMS norm of Flax": (lambda x: nn.RMSNorm(epsilon=0.25).apply({"params": {"scale": DYADIC}}, x), 4.0),
+    "root of the larger": (lambda x: x * lax.rsqrt(jnp.maximum(jnp.sum(x**2, 1, keepdims=True), 0.25)), 2.0),
     "norm, at least": (lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=0, keepdims=True), 0.5), 2.0),
     "root, at least": (lambda x: x / jnp.maximum(jnp.sqrt(jnp.sum(x**2) + 4), 0.5), 0.5),
     "normalised functions": (lambda x: jnp.sin(x) / (jnp.linalg.norm(jnp.sin(x)) + 0.5), 2.0),

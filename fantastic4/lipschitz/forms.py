@@ -1,10 +1,10 @@
-"""Functions written out in exponentials: as the ones they are, whose slopes far out are no ∞ / ∞."""
+"""Functions in other words: those written out in exponentials as what they are, whose slopes far out are no ∞ / ∞."""
 
 from __future__ import annotations
 
 from fantastic4.expression import Expr, const
 
-_ONE = const(1.0)
+_ONE, _ZERO = const(1.0), const(0.0)
 
 
 def _negative(u: Expr) -> Expr:
@@ -43,6 +43,8 @@ def _quotient(top: Expr, bottom: Expr) -> Expr | None:
 def known(expr: Expr) -> Expr:
     """The expression, or what it is equal to for all numbers: only the outermost operations are looked at."""
     if expr.op == "power" and expr.number == 1:
+        return expr.args[0]
+    if expr.op in ("add", "sub") and expr.args[1] == _ZERO:
         return expr.args[0]
     if expr.op == "div":
         return _quotient(*map(known, expr.args)) or expr

@@ -37,7 +37,17 @@ def _squared(expr: Expr) -> Expr | None:
 
 
 def norm(signal: Signal, label: Label) -> Signal | None:
-    """The root of a signal, where that is a sum of squares, times a number, plus one that is not negative."""
+    """The root of a signal, where that is a sum of squares, times a number, plus one that is not negative.
+
+    Or the larger of that and a number: √max(s, c) is max(√s, √c).
+    """
+    if signal.expr.op == "max":
+        for number, other in (signal.expr.args, signal.expr.args[::-1]):
+            if number.op == "const" and number.number >= 0:
+                root = norm(dataclasses.replace(signal, expr=other), label)
+                least = Expr("const", (), math.sqrt(number.number))
+                return root and dataclasses.replace(root, expr=Expr("max", (root.expr, least)))
+        return None
     node, straight = signal.node, affine(signal.expr)
     if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or straight is None:
         return None

@@ -160,6 +160,16 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return shifted(signal, label)
 
 
+def _normalised(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """U · (1 / g) for a norm g, or u · (constants / g), as Flax computes it."""
+    for top, bottom in ((a, b), (b, a)):
+        if bottom.plain and isinstance(bottom.node, Scaled) and bottom.shape == bottom.node.shape:
+            found = norms.normalised_product(top, bottom.node.inputs[0], label)
+            if found is not None:
+                return _times(found, bottom.node.by, label)
+    return norms.normalised_product(a, b, label)
+
+
 def _bounded_product(a: Signal, b: Signal, label: Label) -> Signal | None:
     """A product of bounded functions, as tanh(u) · sigmoid(v)."""
     sizes = largest_value(a.expr), largest_value(b.expr)
@@ -174,13 +184,13 @@ def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return (
             _of_one("mul", a, b, label)
             or patterns.softmax_product(a, b, label)
-            or norms.normalised_product(a, b, label)
+            or _normalised(a, b, label)
             or _bounded_product(a, b, label)
             or walk.refuse(
                 eqn,
                 "multiplies two signals that both depend on the input, not both known to be bounded: no Lipschitz "
-                "constant on the whole space. Attention and gates have none: bound both factors, as by jnp.clip or "
-                "jnp.tanh, or register a rule",
+                "constant on the whole space. Attention and gates have none, of normalisation x / sqrt(sum(x²) + c) is "
+                "known: bound both factors, as by jnp.clip or jnp.tanh, or register a rule",
             )
         )
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
