@@ -137,7 +137,8 @@ def _without_kernel(params: Any) -> set[tuple[str, ...]]:
     """Paths of Equinox's modules whose ``weight`` is no kernel."""
 
     def is_one(module: Any) -> bool:
-        return type(module).__module__.startswith("equinox.nn") and type(module).__name__ in _NO_KERNEL
+        kinds = type(module).__mro__  # what is made of one, too
+        return any(kind.__module__.startswith("equinox.nn") and kind.__name__ in _NO_KERNEL for kind in kinds)
 
     found = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_one)[0]
     return {_path(keys) for keys, module in found if is_one(module)}
@@ -161,6 +162,13 @@ def _is_attention(module: tuple[str, ...], shapes: Shapes) -> bool:
     return len(query) == len(out) == 3 and query[1:] == key[1:] == value[1:] == out[:2] == bias
 
 
+def _looks_stacked(shape: tuple[int, ...], bias: tuple[int, ...], *, torch_order: bool) -> bool:
+    """Whether a bias has one axis more than that of one layer, as long as the first of its kernel."""
+    if torch_order:  # (layers, c_out, …); a convolution's own is (c_out, 1, …)
+        return len(bias) > 1 and bias[:2] == shape[:2] and shape[1] != 1
+    return bias == (shape[0], shape[-1]) and (bias != shape[-2:] or len(shape) == 3)
+
+
 def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
     """What a leaf is by its name, its shape and its neighbours; None for no kernel.
 
@@ -168,7 +176,7 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
       ValueError: a layer that is no convolution by its name.
     """
     shape = shapes[words]
-    if words[-1] not in _NAMES or len(shape) < 2 or 0 in shape:
+    if not words or words[-1] not in _NAMES or len(shape) < 2 or 0 in shape:
         return None
     if len(shape) > 5:
         raise ValueError(
@@ -180,10 +188,10 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
     parent = words[-2] if len(words) > 1 else ""
     if parent in _ATTENTION and _is_attention(words[:-2], shapes):
         return Dense(_ATTENTION[parent])
-    path, bias = "/".join(words), shapes.get((*words[:-1], "bias"), ())
+    path, bias = "/".join(words), shapes.get((*words[:-1], "b" if words[-1] == "w" else "bias"), ())
     if parent.startswith("ConvLocal"):
         raise ValueError(f"{path}: ConvLocal has a kernel for every pixel, whose norm is not known: select others")
-    if bias == (shape[0], shape[-1]) and (bias != shape[-2:] or len(shape) == 3):
+    if _looks_stacked(shape, bias, torch_order=words[-1] == "weight"):
         raise ValueError(
             f"{path}: a kernel of shape {shape} beside a bias of shape {bias} looks like {shape[0]} layers, as nn.scan "
             f"and vmap stack them: pass specs={{{path!r}: network.Stacked(network.Dense())}}, or Stacked(ConvSpec(…)), "

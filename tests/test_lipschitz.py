@@ -910,6 +910,18 @@ JUMPS = {
     "written to places by the input": (
         lambda x: jnp.zeros(3).at[lax.stop_gradient(x[0]).astype(int)].add(1.0), "'convert_element_type'", "jump"
     ),
+    "written where it was promised not to": (
+        lambda x: x.at[7].set(0.0, mode="promise_in_bounds"), "'scatter'", "use places inside, or another mode"
+    ),
+    "a divisor that may vanish": (
+        lambda x: jnp.where(jnp.isnan(x / (jnp.linalg.norm(x) + 1e-39)), 5.0, x), "'div'", "Normalisation has one as"
+    ),
+    "a root that may vanish": (
+        lambda x: x / (jnp.sqrt((jnp.sum(x**2) + 1e-30) * 1e-20)), "'div'", "Normalisation has one as"
+    ),
+    "both exponentials may vanish": (
+        lambda x: jnp.where(jnp.isnan((jnp.exp(x) - jnp.exp(2 * x)) / (jnp.exp(x) + jnp.exp(2 * x))), 0.0, x), "", HIDES
+    ),
     "written twice": (lambda x: x.at[np.array([0, 0])].set(2 * x), "'scatter'", "add them, or write each once"),
     "applied in places": (lambda x: x.at[np.array([0])].apply(jnp.tanh), "'scatter'", "choose with jnp.where"),
     "comparisons written": (
@@ -1346,6 +1358,26 @@ def test_the_norm_of_few_entries_is_never_below_and_near(spread):
         assert norm(dense) * (1 - 1e-14) <= norm_above(rows, columns, values) <= norm(dense) * 1.05
     assert norm_above(rows[:0], columns[:0], values[:0]) == 0
     assert np.isnan(norm_above(rows, columns, values * np.nan))
+
+
+FAR = {
+    "norm": lambda x: jnp.sqrt(jnp.sum(x**2) * 1e-200 * 1e-200) * 1e200,
+    "large norm": lambda x: jnp.sqrt(jnp.sum(x**2) * 1e150 * 1e150) * 1e-150,
+    "normalised": lambda x: (x / ((jnp.linalg.norm(x) + 1e200) * 1e100)) * 1e200 * 1e100,
+    "edges": lambda x: jnp.zeros(2).at[np.arange(2)].add(x * MINUTE) * MINUTE / MINUTE / MINUTE,
+}
+MINUTE = np.array([1e-200, 2e-200])
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_factors_that_leave_the_floats_on_the_way_are_not_lost(name):
+    with jax.enable_x64(True):
+        assert lipschitz.bound(FAR[name], jnp.ones(2)).value >= 1 - 1e-12
+
+
+def test_nothing_may_be_written():
+    assert bound(lambda x: jax.ops.segment_sum(x, np.zeros(4, int), num_segments=0), (4,)) == 0
+    assert bound(lambda x: x.at[np.zeros(0, int)].set(jnp.zeros(0)), (4,)) == 1
 
 
 @pytest.mark.fuzz

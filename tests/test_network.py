@@ -165,10 +165,30 @@ def test_a_stack_without_a_spec_is_known_by_its_bias(layer, x):
         network.report(model.init(KEY, x)["params"])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda key: eqx.nn.Linear(4, 5, key=key),
+        lambda key: eqx.nn.Linear(4, 4, key=key),
+        lambda key: eqx.nn.Conv2d(2, 5, 3, key=key),
+        lambda key: {"w": jax.random.normal(key, (4, 4)), "b": jnp.zeros(4)},  # Haiku's names
+        lambda key: {"w": jax.random.normal(key, (3, 3, 4, 5)), "b": jnp.zeros(5)},
+    ],
+)
+def test_stacks_of_other_libraries_are_known_by_their_bias_too(make):
+    assert len(network.find(make(KEY))) == 1
+    with pytest.raises(ValueError, match="looks like 3 layers"):
+        network.find(eqx.filter_vmap(make)(jax.random.split(KEY, 3)))
+
+
 def test_what_is_no_kernel_is_left_alone_and_named():
+    class Scaled(eqx.nn.LayerNorm):
+        pass
+
     keys = jax.random.split(KEY, 4)
     model = {
         "norm": eqx.nn.LayerNorm((4, 6, 6)),
+        "own": Scaled((3, 4)),
         "words": eqx.nn.Embedding(7, 4, key=keys[0]),
         "cell": eqx.nn.GRUCell(4, 6, key=keys[1]),
         "head": eqx.nn.Linear(6, 2, key=keys[2]),
@@ -176,7 +196,7 @@ def test_what_is_no_kernel_is_left_alone_and_named():
     }
     report = network.report(eqx.filter(model, eqx.is_inexact_array))
     assert [row.name for row in report.rows] == ["head/weight"]
-    left = {"cell/weight_hh", "cell/weight_ih", "flax/embedding", "norm/weight", "words/weight"}
+    left = {"cell/weight_hh", "cell/weight_ih", "flax/embedding", "norm/weight", "own/weight", "words/weight"}
     assert {path for path, _ in report.left_out} == left
     assert "left out, no kernels by their names: cell/weight_ih (18×4), " in str(report)
     (layer,) = network.find(model, select="words*", specs={"words/weight": network.Dense()})
@@ -421,6 +441,7 @@ BAD = {
     "b/kernel: a kernel of shape .* has more axes than a 3-D convolution: .*Stacked": lambda p: network.report(
         {**p, "b": {"kernel": jnp.ones((2, 3, 3, 3, 2, 4))}}
     ),
+    "no kernel found: .* this tree has ": lambda p: network.find(jnp.ones((3, 4))),
     "b/w holds int8": lambda p: network.find({**p, "b": {"w": jnp.eye(3, dtype=jnp.int8)}}),
     "a spec for 'conv9/kernel', but no such path: this tree has conv[0-2]/kernel, conv[0-2]/kernel": lambda p: (
         network.find(p, specs={"conv9/kernel": f4.ConvSpec()})

@@ -32,11 +32,12 @@ def _quotient(top: Expr, bottom: Expr) -> Expr | None:
             return Expr("logistic", (u,))
         share = Expr("logistic", (_negative(u),))
         return share if top == _ONE else Expr("mul", (top, share))
-    # (exp(a) - exp(b)) / (exp(a) + exp(b))
+    # (exp(a) - exp(-a)) / (exp(a) + exp(-a)). With another exponent both may vanish, and be 0 / 0 in floats.
     both = top.op == "sub" and bottom.op == "add" and all(part.op == "exp" for part in top.args)
     if both and bottom.args in (top.args, top.args[::-1]):
         a, b = (part.args[0] for part in top.args)
-        return Expr("tanh", (Expr("mul", (const(0.5), Expr("sub", (a, b)))),))
+        if b == _negative(a):
+            return Expr("tanh", (a,))
     return None
 
 

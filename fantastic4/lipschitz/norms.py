@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from fractions import Fraction
 
-from fantastic4.expression import Expr, X, affine
+import numpy as np
+
+from fantastic4.expression import Expr, X, affine, const
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.patterns import spread_of
 
 _UP = 1 + 1e-14
+_VANISHES = float(np.finfo(np.float32).tiny)  # below it, XLA may take a divisor or a root's argument for 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,6 +31,20 @@ class Norm(Fixed):
     of: Signal | None = None
     axes: tuple[int, ...] = ()
     least: float = 0.0
+
+
+def _float(number: Fraction) -> float:
+    """Of a number that is not negative; the largest float where it is larger than that."""
+    try:
+        return float(number)
+    except OverflowError:
+        return sys.float_info.max
+
+
+def _root(number: Fraction) -> float:
+    """√number, of one that may be no float itself."""
+    half = (number.numerator.bit_length() - number.denominator.bit_length()) // 2
+    return _float(Fraction(math.sqrt(number / Fraction(4) ** half)) * Fraction(2) ** half)
 
 
 def _squared(expr: Expr) -> Expr | None:
@@ -45,8 +63,10 @@ def norm(signal: Signal, label: Label) -> Signal | None:
         for number, other in (signal.expr.args, signal.expr.args[::-1]):
             if number.op == "const" and number.number >= 0:
                 root = norm(dataclasses.replace(signal, expr=other), label)
-                least = Expr("const", (), math.sqrt(number.number))
-                return root and dataclasses.replace(root, expr=Expr("max", (root.expr, least)))
+                if root is None:
+                    return None
+                floor = math.sqrt(number.number) if number.number >= _VANISHES else 0.0
+                return dataclasses.replace(root, expr=Expr("max", (root.expr, const(floor))))
         return None
     node, straight = signal.node, affine(signal.expr)
     if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or straight is None:
@@ -56,9 +76,12 @@ def norm(signal: Signal, label: Label) -> Signal | None:
     if base is None or a <= 0 or b < 0:
         return None
     of = dataclasses.replace(inner, expr=base)
-    least = math.sqrt(b) * (1 - 1e-15)
+    least = _root(b) * (1 - 1e-15) if b >= _VANISHES else 0.0
+    factor = max(_root(a) * _UP, sys.float_info.min)
+    if factor >= sys.float_info.max:
+        return None
     name = dataclasses.replace(label, operation="norm")
-    found = Norm(name, node.shape, (of,), math.sqrt(a) * _UP, of=of, axes=node.axes, least=least)
+    found = Norm(name, node.shape, (of,), factor, of=of, axes=node.axes, least=least)
     return dataclasses.replace(signal, node=found, expr=X, label=name)
 
 
@@ -74,7 +97,7 @@ def _smallest(expr: Expr, least: float) -> float | None:
     straight = affine(expr)
     if straight is None or straight[0] <= 0 or straight[1] < 0:
         return None
-    return float(straight[0] * Fraction(least) + straight[1]) * (1 - 1e-15)
+    return _float(straight[0] * Fraction(least) + straight[1]) * (1 - 1e-15)
 
 
 def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
@@ -92,7 +115,7 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     if top.expr != node.of.expr:
         return None
     smallest = _smallest(bottom.expr, node.least)
-    if not smallest or smallest < 0 or not spread_of(bottom, top.shape, node.axes):
+    if smallest is None or smallest < _VANISHES or not spread_of(bottom, top.shape, node.axes):
         return None
     name = dataclasses.replace(label, operation="normalise")
     return dataclasses.replace(whole(Fixed(name, top.shape, (top,), _UP / smallest)), expr=times)
@@ -101,6 +124,6 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
 def normalised_product(a: Signal, b: Signal, label: Label) -> Signal | None:
     """U · (1 / g)."""
     for top, bottom in ((a, b), (b, a)):
-        if bottom.expr.op == "div" and bottom.expr.args[0] == Expr("const", (), 1.0):
+        if bottom.expr.op == "div" and bottom.expr.args[0] == const(1.0):
             return normalised(top, dataclasses.replace(bottom, expr=bottom.expr.args[1]), label)
     return None

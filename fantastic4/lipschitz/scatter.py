@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.lax import GatherScatterMode
 
 from fantastic4.lipschitz.graph import Signal, unknown, whole
 from fantastic4.lipschitz.moves import moved
@@ -25,9 +27,14 @@ def _targets(eqn: core.JaxprEqn, where: Any) -> np.ndarray:
 
     Where they come from is what the transpose of adding them up reads.
     """
+    sizes = [math.prod(shape_and_dtype(v)[0]) for v in eqn.invars]
+    if 0 in sizes:
+        return np.full(shape_and_dtype(eqn.invars[2])[0], -1)
     into, _, new = (jax.ShapeDtypeStruct(shape_and_dtype(v)[0], np.float32) for v in eqn.invars)
     names = "dimension_numbers", "indices_are_sorted", "unique_indices", "mode"
     p = {name: eqn.params[name] for name in names}
+    if p["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
+        p["mode"] = GatherScatterMode.FILL_OR_DROP
     with jax.ensure_compile_time_eval():
         add = lambda x: lax.scatter_add(np.zeros(into.shape, np.float32), where, x, **p)  # noqa: E731
         transpose = jax.linear_transpose(add, new)
@@ -38,18 +45,25 @@ def _targets(eqn: core.JaxprEqn, where: Any) -> np.ndarray:
     return high.astype(np.int64) * _DIGITS + low.astype(np.int64) - 1
 
 
-def _unknown_places(walk: Walk, eqn: core.JaxprEqn) -> Any:
-    return walk.refuse(eqn, "writes entries to places that are not known while tracing: use fixed ones")
+def _places(walk: Walk, eqn: core.JaxprEqn, where: Any) -> np.ndarray | list[Any]:
+    """`_targets`, or what nothing may depend on where they are not known."""
+    if not is_known(where):
+        return walk.refuse(eqn, "writes entries to places that are not known while tracing: use fixed ones")
+    targets = _targets(eqn, where)
+    if eqn.params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS and np.any(targets < 0):
+        return walk.refuse(eqn, "writes out of bounds, and it was promised not to: use places inside, or another mode")
+    return targets
 
 
 @rule("scatter")
 def _write(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     into, where, new = operands
-    if not is_known(where):
-        return _unknown_places(walk, eqn)
     if eqn.params["update_jaxpr"] is not None:
         return walk.refuse(eqn, "applies a function in some places: apply it everywhere and choose with jnp.where")
-    targets, shape = _targets(eqn, where).ravel(), out_shape(eqn)
+    places, shape = _places(walk, eqn, where), out_shape(eqn)
+    if isinstance(places, list):
+        return places
+    targets = places.ravel()
     written = targets >= 0
     if targets.size and np.bincount(targets[written], minlength=1).max() > 1:
         return walk.refuse(
@@ -70,12 +84,13 @@ def _write(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("scatter-add", "scatter-sub")
 def _add_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     into, where, new = operands
-    if not is_known(where):
-        return _unknown_places(walk, eqn)
+    places = _places(walk, eqn, where)
+    if isinstance(places, list):
+        return places
     label, shape = walk.label(eqn), out_shape(eqn)
     if not isinstance(new, Signal):
         return shifted(into, label)
-    total = whole(added_up(label, shape, new, _targets(eqn, where)))
+    total = whole(added_up(label, shape, new, places))
     if not isinstance(into, Signal):
         return total
     sign = -1 if eqn.primitive.name == "scatter-sub" else 1
@@ -85,8 +100,9 @@ def _add_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("scatter-max", "scatter-min")
 def _largest_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     into, where, new = operands
-    if not is_known(where):
-        return _unknown_places(walk, eqn)
+    places = _places(walk, eqn, where)
+    if isinstance(places, list):
+        return places
     # Each entry is asked for in one place, and the largest moves by no more than what moves most.
     signals = tuple(o for o in (into, new) if isinstance(o, Signal))
     return whole(Joint(walk.label(eqn), out_shape(eqn), signals, linear=False))

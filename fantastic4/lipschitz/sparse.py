@@ -13,6 +13,7 @@ from fantastic4.lipschitz.trace import is_known
 
 _WORK = 2e7  # entries times iterations
 _SMALLEST = 1e-30  # of the entries beside the largest: smaller ones count as this
+_TINY = float(np.finfo(np.float64).tiny)
 _APART = 1e-100  # how far the entries of a vector may be from one another
 
 
@@ -35,7 +36,9 @@ class Sparse(Fixed):
         if not is_known(by):
             return None
         sizes = _sizes(by, self.shape).ravel()[self.rows]
-        return matrix(label, self.shape, self.inputs[0], self.rows, self.columns, self.values * sizes)
+        # A product that vanishes is no 0.
+        values = np.where((self.values > 0) & (sizes > 0), np.maximum(self.values * sizes, _TINY), self.values * sizes)
+        return matrix(label, self.shape, self.inputs[0], self.rows, self.columns, values)
 
 
 def matrix(
