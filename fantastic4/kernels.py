@@ -23,13 +23,8 @@ Select = str | Sequence[str] | Callable[[str, Any], bool]
 
 _NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
 _BESIDE = ("bias", "b", "scale", "offset")  # of layers that have kernels, or none
-_NO_KERNEL = (
-    "LayerNorm",
-    "RMSNorm",
-    "GroupNorm",
-    "BatchNorm",
-    "Embedding",
-)  # in Equinox: their weights are scales, rows
+# Of Equinox: their weights are scales, or rows that are looked up.
+_NO_KERNEL = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "Embedding")
 _ATTENTION = {"query": 1, "key": 1, "value": 1, "out": -1}  # Flax's DenseGeneral in attention: how many input axes
 _MATRICES = ("DenseGeneral", "LinearGeneral", "Einsum")  # as Flax names layers that have no name
 
@@ -249,7 +244,6 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     layers, unused, seen = [], set(specs), []
     shapes = {words: tuple(leaf.shape) for words, leaf in _leaves(params)}
     without = _without_kernel(params)
-    selected = False
     for words, leaf in _arrays(params):
         path = "/".join(words)
         seen.append(path)
@@ -264,7 +258,6 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         unused -= set(fits)
         if select is not None and not _matches(select, path, leaf):
             continue
-        selected = True
         if words not in shapes:
             if given is not None or (words[-1] in _NAMES and leaf.ndim > 1):
                 raise ValueError(
@@ -286,9 +279,9 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         raise ValueError(
             f"a spec for {sorted(unused)[0]!r}, but no such path: this tree has {some(seen, sorted(unused)[0])}"
         )
-    if not selected and select is not None:
-        raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
     if not layers:
+        if select is not None and not any(_matches(select, "/".join(words), leaf) for words, leaf in _arrays(params)):
+            raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
         raise ValueError(
             f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with two axes or more, or one that "
             f"specs name; this tree has {some(seen)}"
@@ -304,9 +297,9 @@ def left_out(
     return tuple(
         (path, tuple(leaf.shape))
         for words, leaf in _leaves(params)
-        if leaf.ndim > 1
+        if (path := "/".join(words)) not in known
+        and leaf.ndim > 1
         and words[-1] not in _BESIDE
-        and (path := "/".join(words)) not in known
         and (select is None or _matches(select, path, leaf))
     )
 

@@ -128,11 +128,11 @@ def report(
       product                          9
     """
     layers = find(params, select=select, specs=specs)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves_at(params, layers).values()):
+    leaves = leaves_at(params, layers)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
         raise ValueError("report writes a table of numbers, outside of jit: inside, call fantastic4.network.bounds")
     with jax.ensure_compile_time_eval():
         found = bounds(params, layers, method=method)
-    leaves = leaves_at(params, layers)
     rows = []
     for layer in layers:
         shape = jax.eval_shape(layer.kernels, leaves[layer.path]).shape[1 + layer.is_dense :]

@@ -201,7 +201,7 @@ def step(
     # kernel as the right operand on the way back, or XLA copies the whole kernel to transpose it.
     # The number of operations matters too: for small kernels a step takes as long as there are many, and XLA compiles
     # those that are not products of matrices anew for each number of channels.
-    # On the way in it is the left one: that takes half the time, and what is then transposed is small.
+    # On the way in the kernel is the left operand: that takes half the time, and what is then transposed is small.
     product = lax.dot_general(taps, vectors, (((3,), (3,)), each_tap), precision=HIGHEST)
     product = lax.transpose(product, (0, 1, 3, 2))
     rights, squares = _collect(inp, by_weight(product))

@@ -21,6 +21,8 @@ from fantastic4.tails import BORDER, integral, sup, tail
 
 __all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
 
+VANISHES = float(np.finfo(np.float32).tiny)
+"""What is smaller counts as 0 where it divides, or has a logarithm: XLA may take it for that."""
 _CELLS = 2048  # at first
 _ROUNDS = 60
 _ACCURACY = 1e-6
@@ -259,7 +261,7 @@ def _cells() -> Interval:
 def is_total(expr: Expr) -> bool:
     """Whether a function is known to be a number everywhere: its roots, logarithms and quotients of what they are of.
 
-    What may be smaller than the smallest normal number of float32 counts as 0: XLA may take it for that.
+    What may be smaller than `VANISHES` counts as 0.
 
     Args:
       expr: the function.
@@ -268,15 +270,14 @@ def is_total(expr: Expr) -> bool:
 
 
 def _is_within(part: Expr) -> bool:
-    tiny = float(np.finfo(np.float32).tiny)
     cells = _cells()
     for _ in range(_HALVINGS):
         with np.errstate(all="ignore"):
             p = jet(part.args[-1], cells).value
         if part.op == "div":
-            good = (p.lo >= tiny) | (p.hi <= -tiny)
+            good = (p.lo >= VANISHES) | (p.hi <= -VANISHES)
         else:
-            good = p.lo > -1 if part.op == "log1p" else p.lo >= (0 if part.op == "sqrt" else tiny)
+            good = p.lo > -1 if part.op == "log1p" else p.lo >= (0 if part.op == "sqrt" else VANISHES)
         lo, hi = cells.lo[~good], cells.hi[~good]
         # Where a root touches 0 few cells are left at each halving; where it is none, ever more.
         if not len(lo) or len(lo) > _CELLS or np.any(np.isinf(lo) | np.isinf(hi)):

@@ -7,20 +7,18 @@ import math
 import sys
 from fractions import Fraction
 
-import numpy as np
-
 from fantastic4.expression import Expr, X, affine, const
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.patterns import spread_of
+from fantastic4.scalar import VANISHES
 
 _UP = 1 + 1e-14
-_VANISHES = float(np.finfo(np.float32).tiny)  # below it, XLA may take a divisor or a root's argument for 0
 
 
 @dataclasses.dataclass(eq=False)
 class Norm(Fixed):
-    """√(Σ u² + b) over axes, with b ≥ 0, a times: its gradient a u / √(Σ u² + b) is no longer than a.
+    """√(a Σ u² + b) over axes, with a > 0 and b ≥ 0: its gradient a u / √(a Σ u² + b) is no longer than √a.
 
     Attributes:
       of: u.
@@ -65,7 +63,7 @@ def norm(signal: Signal, label: Label) -> Signal | None:
                 root = norm(dataclasses.replace(signal, expr=other), label)
                 if root is None:
                     return None
-                floor = math.sqrt(number.number) if number.number >= _VANISHES else 0.0
+                floor = math.sqrt(number.number) if number.number >= VANISHES else 0.0
                 return dataclasses.replace(root, expr=Expr("max", (root.expr, const(floor))))
         return None
     node, straight = signal.node, affine(signal.expr)
@@ -76,7 +74,7 @@ def norm(signal: Signal, label: Label) -> Signal | None:
     if base is None or a <= 0 or b < 0:
         return None
     of = dataclasses.replace(inner, expr=base)
-    least = _root(b) * (1 - 1e-15) if b >= _VANISHES else 0.0
+    least = _root(b) * (1 - 1e-15) if b >= VANISHES else 0.0
     factor = max(_root(a) * _UP, sys.float_info.min)
     if factor >= sys.float_info.max:
         return None
@@ -101,7 +99,7 @@ def _smallest(expr: Expr, least: float) -> float | None:
 
 
 def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
-    """U / g with g = p √(a Σ u² + b) + q, or the larger of that and a number: at most 1 over the smallest g.
+    """The quotient u / g with g = p √(a Σ u² + b) + q, or the larger of that and a number: 1 over the smallest g.
 
     The Jacobian I / g - (p a / (s g²)) u uᵀ, with s the root, has the eigenvalues 1/g and (p b + q s) / (s g²), which
     lies between 0 and 1/g.
@@ -115,14 +113,14 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     if top.expr != node.of.expr:
         return None
     smallest = _smallest(bottom.expr, node.least)
-    if smallest is None or smallest < _VANISHES or not spread_of(bottom, top.shape, node.axes):
+    if smallest is None or smallest < VANISHES or not spread_of(bottom, top.shape, node.axes):
         return None
     name = dataclasses.replace(label, operation="normalise")
     return dataclasses.replace(whole(Fixed(name, top.shape, (top,), _UP / smallest)), expr=times)
 
 
 def normalised_product(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """U · (1 / g)."""
+    """The product u · (1 / g)."""
     for top, bottom in ((a, b), (b, a)):
         if bottom.expr.op == "div" and bottom.expr.args[0] == const(1.0):
             return normalised(top, dataclasses.replace(bottom, expr=bottom.expr.args[1]), label)

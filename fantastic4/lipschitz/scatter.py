@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,25 +47,30 @@ def _targets(eqn: core.JaxprEqn, where: Any) -> np.ndarray:
     return high.astype(np.int64) * _DIGITS + low.astype(np.int64) - 1
 
 
-def _places(walk: Walk, eqn: core.JaxprEqn, where: Any) -> np.ndarray | list[Any]:
-    """`_targets`, or what nothing may depend on where they are not known."""
-    if not is_known(where):
-        return walk.refuse(eqn, "writes entries to places that are not known while tracing: use fixed ones")
-    targets = _targets(eqn, where)
-    if eqn.params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS and np.any(targets < 0):
-        return walk.refuse(eqn, "writes out of bounds, and it was promised not to: use places inside, or another mode")
-    return targets
+def _placed(function: Callable[..., Any]) -> Callable[[Walk, core.JaxprEqn, list[Any]], Any]:
+    """A rule of what is written into, what is written, and `_targets`; of none that are not known."""
+
+    @functools.wraps(function)
+    def with_places(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+        into, where, new = operands
+        if not is_known(where):
+            return walk.refuse(eqn, "writes entries to places that are not known while tracing: use fixed ones")
+        targets = _targets(eqn, where)
+        if eqn.params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS and np.any(targets < 0):
+            return walk.refuse(
+                eqn, "writes out of bounds, and it was promised not to: use places inside, or another mode"
+            )
+        return function(walk, eqn, into, new, targets)
+
+    return with_places
 
 
 @rule("scatter")
-def _write(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
-    into, where, new = operands
+@_placed
+def _write(walk: Walk, eqn: core.JaxprEqn, into: Any, new: Any, targets: np.ndarray) -> Any:
     if eqn.params["update_jaxpr"] is not None:
         return walk.refuse(eqn, "applies a function in some places: apply it everywhere and choose with jnp.where")
-    places, shape = _places(walk, eqn, where), out_shape(eqn)
-    if isinstance(places, list):
-        return places
-    targets = places.ravel()
+    targets, shape = targets.ravel(), out_shape(eqn)
     written = targets >= 0
     if targets.size and np.bincount(targets[written], minlength=1).max() > 1:
         return walk.refuse(
@@ -82,15 +89,12 @@ def _write(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 
 
 @rule("scatter-add", "scatter-sub")
-def _add_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
-    into, where, new = operands
-    places = _places(walk, eqn, where)
-    if isinstance(places, list):
-        return places
+@_placed
+def _add_into(walk: Walk, eqn: core.JaxprEqn, into: Any, new: Any, targets: np.ndarray) -> Any:
     label, shape = walk.label(eqn), out_shape(eqn)
     if not isinstance(new, Signal):
         return shifted(into, label)
-    total = whole(added_up(label, shape, new, places))
+    total = whole(added_up(label, shape, new, targets))
     if not isinstance(into, Signal):
         return total
     sign = -1 if eqn.primitive.name == "scatter-sub" else 1
@@ -98,11 +102,8 @@ def _add_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 
 
 @rule("scatter-max", "scatter-min")
-def _largest_into(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
-    into, where, new = operands
-    places = _places(walk, eqn, where)
-    if isinstance(places, list):
-        return places
+@_placed
+def _largest_into(walk: Walk, eqn: core.JaxprEqn, into: Any, new: Any, targets: np.ndarray) -> Any:
     # Each entry is asked for in one place, and the largest moves by no more than what moves most.
     signals = tuple(o for o in (into, new) if isinstance(o, Signal))
     return whole(Joint(walk.label(eqn), out_shape(eqn), signals, linear=False))

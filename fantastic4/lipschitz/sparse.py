@@ -36,8 +36,8 @@ class Sparse(Fixed):
         if not is_known(by):
             return None
         sizes = _sizes(by, self.shape).ravel()[self.rows]
-        # A product that vanishes is no 0.
-        values = np.where((self.values > 0) & (sizes > 0), np.maximum(self.values * sizes, _TINY), self.values * sizes)
+        values = self.values * sizes
+        values[(values < _TINY) & (self.values > 0) & (sizes > 0)] = _TINY  # a product that vanishes is no 0
         return matrix(label, self.shape, self.inputs[0], self.rows, self.columns, values)
 
 
