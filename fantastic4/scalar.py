@@ -24,6 +24,7 @@ __all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
 VANISHES = float(np.finfo(np.float32).tiny)
 """What is smaller counts as 0 where it divides, or has a logarithm: XLA may take it for that."""
 _CELLS = 2048  # at first
+_FEW = 256  # on a bounded interval
 _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
@@ -235,19 +236,24 @@ def most_bent(expr: Expr) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_value(expr: Expr) -> float:
-    """An upper bound of sup |f| over all numbers; infinity where none is known.
+def largest_value(expr: Expr, most: float = math.inf) -> float:
+    """An upper bound of sup |f| over all numbers from ``-most`` to ``most``; infinity where none is known.
 
     Args:
       expr: the function.
+      most: not negative.
 
     Example:
       >>> from fantastic4.scalar import X, Expr, largest_value
       >>> largest_value(Expr("tanh", (X,)))
       1.0
+      >>> largest_value(Expr("neg", (X,)), 2.0)
+      2.0
     """
+    ends = np.linspace(-most, most, _FEW + 1) if most < math.inf else np.zeros(0)
+    cells = _cells() if most == math.inf else Interval(ends[:-1], ends[1:])
     with np.errstate(all="ignore"):
-        value = jet(expr, _cells()).value
+        value = jet(expr, cells).value
         found = float(np.maximum(np.abs(value.lo), np.abs(value.hi)).max())
     return found if math.isfinite(found) else math.inf
 

@@ -7,8 +7,10 @@ import math
 import sys
 from fractions import Fraction
 
-from fantastic4.expression import Expr, X, affine, const
+from fantastic4.expression import Expr, X, affine, const, parts, substitute
 from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.means import same, squared
+from fantastic4.lipschitz.moves import reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.patterns import spread_of
 from fantastic4.scalar import VANISHES
@@ -45,11 +47,14 @@ def _root(number: Fraction) -> float:
     return _float(Fraction(math.sqrt(number / Fraction(4) ** half)) * Fraction(2) ** half)
 
 
-def _squared(expr: Expr) -> Expr | None:
-    """e, of e²."""
-    if expr.op == "power" and expr.number == 2:
-        return expr.args[0]
-    return expr.args[0] if expr.op == "mul" and expr.args[0] == expr.args[1] else None
+def _without_floor(expr: Expr) -> Expr:
+    """An expression of a sum of squares, without what keeps rounding from making it negative."""
+    if expr.op == "max":
+        for number, other in (expr.args, expr.args[::-1]):
+            straight = affine(other)
+            if number.op == "const" and number.number <= 0 and straight is not None and min(straight) >= 0:
+                return other
+    return dataclasses.replace(expr, args=tuple(map(_without_floor, expr.args)))
 
 
 def norm(signal: Signal, label: Label) -> Signal | None:
@@ -66,11 +71,11 @@ def norm(signal: Signal, label: Label) -> Signal | None:
                 floor = math.sqrt(number.number) if number.number >= VANISHES else 0.0
                 return dataclasses.replace(root, expr=Expr("max", (root.expr, const(floor))))
         return None
-    node, straight = signal.node, affine(signal.expr)
+    node, straight = signal.node, affine(_without_floor(signal.expr))
     if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or straight is None:
         return None
     (inner,), (a, b) = node.inputs, straight
-    base = _squared(inner.expr)
+    base = squared(inner.expr)
     if base is None or a <= 0 or b < 0:
         return None
     of = dataclasses.replace(inner, expr=base)
@@ -104,24 +109,41 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     The Jacobian I / g - (p a / (s g²)) u uᵀ, with s the root, has the eigenvalues 1/g and (p b + q s) / (s g²), which
     lies between 0 and 1/g.
     """
-    node = bottom.node
-    if not isinstance(node, Norm) or node.of is None or not top.same_entries(node.of):
+    node, shape = bottom.node, top.shape
+    if not isinstance(node, Norm) or node.of is None or math.prod(shape) != math.prod(node.of.shape):
         return None
+    top, bottom = reshaped(top, node.of.shape), reshaped(bottom, node.of.shape)
     times = X
     if top.expr.op == "mul" and top.expr.args[0].op == "const" and top.expr.args[1] == node.of.expr:
         top, times = dataclasses.replace(top, expr=node.of.expr), Expr("mul", (top.expr.args[0], X))
-    if top.expr != node.of.expr:
-        return None
     smallest = _smallest(bottom.expr, node.least)
-    if smallest is None or smallest < VANISHES or not spread_of(bottom, top.shape, node.axes):
+    if smallest is None or smallest < VANISHES:
+        return None
+    if not same(top, node.of) or not spread_of(bottom, top.shape, node.axes):
         return None
     name = dataclasses.replace(label, operation="normalise")
-    return dataclasses.replace(whole(Fixed(name, top.shape, (top,), _UP / smallest)), expr=times)
+    found = Fixed(name, top.shape, (top,), _UP / smallest)
+    return reshaped(dataclasses.replace(whole(found), expr=times), shape)
+
+
+def _reciprocal(expr: Expr) -> tuple[Expr, Expr] | None:
+    """Of a number times 1 / e the number times X, and e."""
+    for part in parts(expr):
+        if part.op == "div" and part.args[0].op == "const" and X not in parts(substitute(expr, part, const(0.0))):
+            outer = substitute(expr, part, Expr("mul", (part.args[0], X)))
+            straight = affine(outer)
+            if straight is not None and not straight[1]:
+                return outer, part.args[1]
+    return None
 
 
 def normalised_product(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """The product u · (1 / g)."""
+    """The product u · (c / g) with a number c."""
     for top, bottom in ((a, b), (b, a)):
-        if bottom.expr.op == "div" and bottom.expr.args[0] == const(1.0):
-            return normalised(top, dataclasses.replace(bottom, expr=bottom.expr.args[1]), label)
+        taken_apart = _reciprocal(bottom.expr)
+        if taken_apart is not None:
+            outer, divisor = taken_apart
+            found = normalised(top, dataclasses.replace(bottom, expr=divisor), label)
+            if found is not None:
+                return dataclasses.replace(found, expr=substitute(outer, X, found.expr))
     return None

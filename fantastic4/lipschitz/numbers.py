@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array, lax
 
 from fantastic4.conv import ConvSpec
-from fantastic4.expression import Expr, affine, slopes
+from fantastic4.expression import Expr, X, affine, slopes
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import product_up, round_up
-from fantastic4.scalar import most_bent, steepest
+from fantastic4.scalar import largest_value, most_bent, steepest
 
 T = TypeVar("T")
 
@@ -158,6 +158,16 @@ def slope(signal: Signal) -> float:
     """Lipschitz constant of a signal's scalar function."""
     remedy = "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
     return of_one_number(signal, _slope, "slope", remedy)
+
+
+def largest(signal: Signal) -> float:
+    """What a signal's entries are at most, in absolute value; infinity where that is not known."""
+    most = signal.node.most
+    if most < math.inf and signal.index is not None and np.any(signal.index < 0):
+        most = math.inf  # constants of any size
+    if most == math.inf and affine(signal.expr) not in (None, (0, 0)):
+        return math.inf
+    return most if signal.expr == X else largest_value(signal.expr, most)
 
 
 def bend(signal: Signal) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fantastic4.expression import Expr, X, affine
+from fantastic4.expression import Expr, X
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
 
@@ -116,20 +115,6 @@ def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
             name = dataclasses.replace(label, operation="logsumexp")
             return whole(Fixed(name, outer.shape, (source,), unmoved=(taken,)))
     return None
-
-
-def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """``x - c Σ x`` over axes, as x minus its mean: eigenvalues 1 and 1 - c n."""
-    straight = affine(b.expr)
-    node = b.node
-    if straight is None or not isinstance(node, Reduced) or node.label.operation != "reduce_sum":
-        return None
-    (inner,) = node.inputs
-    if not inner.same_entries(a) or inner.expr != a.expr or not spread_of(b, a.shape, node.axes):
-        return None
-    count = int(np.prod([a.shape[x] for x in node.axes]))
-    factor = max(1.0, math.nextafter(float(abs(1 - straight[0] * count)), math.inf))
-    return whole(Fixed(dataclasses.replace(label, operation="centre"), a.shape, (a,), factor, linear=True))
 
 
 def padded(

@@ -12,15 +12,16 @@ import numpy as np
 from jax import Array
 from jax.extend import core
 
-from fantastic4.expression import Expr, affine, const
+from fantastic4.expression import Expr, X, affine, const
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import forms, norms, patterns
+from fantastic4.lipschitz import forms, means, norms, patterns
 from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
+from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.sparse import Sparse
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
-from fantastic4.scalar import is_total, largest_value
+from fantastic4.scalar import is_total
 
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
@@ -145,9 +146,10 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        known = (patterns.log_softmax, patterns.centred) if op == "sub" else (patterns.logsumexp,)
+        known = (patterns.log_softmax, means.centred, means.variance) if op == "sub" else (patterns.logsumexp,)
         found = _of_one(op, a, b, label) or next(filter(None, (pattern(a, b, label) for pattern in known)), None)
-        return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1))
+        most = math.nextafter(largest(a) + largest(b), math.inf)
+        return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1, most=most))
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
     if number is not None and math.isnan(number):
@@ -163,17 +165,22 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 def _normalised(a: Signal, b: Signal, label: Label) -> Signal | None:
     """U · (1 / g) for a norm g, or u · (constants / g), as Flax computes it."""
     for top, bottom in ((a, b), (b, a)):
-        if bottom.plain and isinstance(bottom.node, Scaled) and bottom.shape == bottom.node.shape:
-            found = norms.normalised_product(top, bottom.node.inputs[0], label)
+        scale = bottom.node
+        if isinstance(scale, Scaled) and bottom.expr == X and not np.any(bottom.places < 0):
+            below = moved(scale.inputs[0], scale.inputs[0].places.ravel()[bottom.places])
+            found = norms.normalised_product(top, below, label)
             if found is not None:
-                return _times(found, bottom.node.by, label)
+                with at_once(scale.by):
+                    by = jnp.broadcast_to(scale.by, scale.shape).ravel()[bottom.places]
+                return _times(found, by, label)
     return norms.normalised_product(a, b, label)
 
 
 def _bounded_product(a: Signal, b: Signal, label: Label) -> Signal | None:
     """A product of bounded functions, as tanh(u) · sigmoid(v)."""
-    sizes = largest_value(a.expr), largest_value(b.expr)
-    return whole(Product(label, a.shape, (a, b), sizes=sizes)) if max(sizes) < math.inf else None
+    sizes = largest(a), largest(b)
+    most = math.nextafter(sizes[0] * sizes[1], math.inf) if max(sizes) < math.inf else math.inf
+    return whole(Product(label, a.shape, (a, b), sizes=sizes, most=most)) if most < math.inf else None
 
 
 @rule("mul")

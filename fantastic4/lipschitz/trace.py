@@ -246,7 +246,8 @@ class Walk:
 def _content(array: Any) -> Any:
     """What equal arrays of one kind have in common, and no others: their bytes, and how JAX computes with them."""
     kind = type(array), array.shape, array.dtype, *(getattr(array, name, None) for name in ("weak_type", "sharding"))
-    numbers = jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+    with at_once(array):
+        numbers = jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
     return kind, hashlib.sha256(np.ascontiguousarray(numbers).view(np.uint8)).digest()
 
 
