@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from fantastic4 import classifier
 from fantastic4.classifier import Logits
+from fantastic4.devices import vary_as
 from fantastic4.entry import count, not_negative
 
 
@@ -47,14 +48,15 @@ def _attack(fn: Logits, x: Array, labels: Array, epsilon: Array, key: Array, ste
             moved = delta - rate * gradient / jnp.where(size > 0, size, 1)
             return into_ball(moved), best, jnp.where(better, value, margin)
 
-        delta, best, margin = lax.fori_loop(0, steps, step, (delta, best, margin))
+        delta, best, margin = lax.fori_loop(0, steps, step, vary_as((delta, best, margin), margin))
         value = worst(delta)
         better = value < margin
         best = jnp.where(better.reshape(-1, *[1] * len(dims)), delta, best)
         return best, jnp.where(better, value, margin), key
 
     zero = jnp.zeros_like(x)
-    best, _, _ = lax.fori_loop(0, restarts, restart, (zero, worst(zero), key))
+    start = worst(zero)
+    best, _, _ = lax.fori_loop(0, restarts, restart, (vary_as(zero, start), start, key))
     return x + best
 
 

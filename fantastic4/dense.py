@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from fantastic4.devices import vary_as
 from fantastic4.entry import count, entry, same_kind
 from fantastic4.linalg import HIGHEST, all_finite, generic, real_array, unit, with_pairs
 from fantastic4.rounding import constant_up, gamma, power_of_two, round_up, subnormal_norm
@@ -55,7 +56,7 @@ def _gram(a: Array) -> Array:
     def add(total, part):
         return total + jnp.matmul(part.T, part, precision=HIGHEST), None
 
-    return lax.scan(add, jnp.zeros((n, n), a.dtype), padded)[0]
+    return lax.scan(add, vary_as(jnp.zeros((n, n), a.dtype), padded), padded)[0]
 
 
 def _gram_slack(length: int, dtype: DTypeLike) -> np.ndarray:

@@ -44,21 +44,31 @@ def spread(function: Callable[..., Any], mesh: Mesh | None, shared: int, split: 
     return call
 
 
-def vary_as(tree: T, like: Array) -> T:
-    """Arrays that vary over the devices of a ``shard_map`` as ``like`` does: what a loop starts from must, if it will.
+def varying_axes(kind: Any) -> frozenset[str]:
+    """The axes of a ``shard_map`` over which an array of this type varies."""
+    manual = getattr(kind, "manual_axis_type", None)
+    return manual.varying if manual is not None else getattr(kind, "vma", None) or frozenset()
 
-    A constant does not, and JAX refuses a loop whose carry becomes something else than it was.
-    """
 
-    def axes(x: Array) -> frozenset[str]:
-        kind: Any = jax.typeof(x)
-        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+def vary_over(tree: T, axes: frozenset[str]) -> T:
+    """Arrays that vary over axes of a ``shard_map``, whatever they did."""
 
     def vary(x: Array) -> Array:
-        missing = tuple(axes(like) - axes(x))
+        missing = tuple(axes - varying_axes(jax.typeof(x)))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def vary_as(tree: T, *others: Any) -> T:
+    """Arrays that vary over the devices of a ``shard_map`` as any of the others do.
+
+    What a loop starts from must, if it will: a constant does not, and JAX refuses a loop whose carry becomes something
+    else than it was. What a map is transposed by must too: the transpose of one that takes what does not vary adds
+    up what all devices have.
+    """
+    kinds = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(others))
+    return vary_over(tree, frozenset().union(*map(varying_axes, kinds)))
 
 
 def size(mesh: Mesh | None) -> int:

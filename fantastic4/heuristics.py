@@ -22,6 +22,7 @@ from jax import Array, lax
 from fantastic4 import dense, frequency, jacobian
 from fantastic4.border import check_circular, frequency_grid
 from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
+from fantastic4.devices import vary_as
 from fantastic4.entry import count, entry, positive, same_kind, sizes
 from fantastic4.linalg import HIGHEST, generic, real_array, unit
 from fantastic4.spectrum import CIRCULAR
@@ -172,7 +173,7 @@ def ryu_step(
         norm, new = unit(back.ravel())
         return jnp.where(norm > 0, new.reshape(shape), x)
 
-    vector = lax.fori_loop(0, iterations, iterate, vector)
+    vector = lax.fori_loop(0, iterations, iterate, vary_as(vector, kernel))
     _, y = stretch(vector)
     return jnp.vdot(y, jacobian.forward(kernel, vector, spec), precision=HIGHEST), RyuState(vector)
 
@@ -252,7 +253,7 @@ def sedghi_init(
     kernels, grid = _circular(kernel, input_shape, spec)
     state = frequency.start(key, kernels, len(grid.points))
     iterate = lambda _, s: frequency.power_step(kernels, s, grid.points, grid.sizes)[1]  # noqa: E731
-    return lax.fori_loop(0, warmup, iterate, state)
+    return lax.fori_loop(0, warmup, iterate, vary_as(state, kernels))
 
 
 @entry(input_shape=sizes, iterations=count(1))
@@ -284,7 +285,7 @@ def sedghi_step(
     if state.vectors.shape != (len(kernels), len(grid.points), 2, kernels.shape[-1]):
         raise ValueError("this state belongs to another layer: make one with sedghi_init(kernel, input_shape, …)")
     iterate = lambda _, s: frequency.power_step(constant, s, grid.points, grid.sizes)[1]  # noqa: E731
-    state = lax.fori_loop(0, iterations - 1, iterate, lax.stop_gradient(state))
+    state = lax.fori_loop(0, iterations - 1, iterate, vary_as(lax.stop_gradient(state), kernels))
     top, state = frequency.power_step(constant, state, grid.points, grid.sizes)
     return frequency.differentiable(kernels, top), state
 
@@ -359,7 +360,7 @@ def estimate_tnn(
                 vectors[axis] = jnp.where(norm > 0, new / jnp.where(norm > 0, norm, 1), vectors[axis])
             return vectors
 
-        vectors = lax.fori_loop(0, iterations, sweep, vectors)
+        vectors = lax.fori_loop(0, iterations, sweep, vary_as(vectors, tensor))
         return jnp.abs(contract(tensor, vectors, None)), vectors
 
     keys = jax.random.split(key, (len(kernels), starts))

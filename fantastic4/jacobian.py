@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from fantastic4.border import PAD_MODES, pads, transposed_pads
 from fantastic4.conv import ConvSpec, Geometry, check_input_shape, geometry
+from fantastic4.devices import vary_as
 from fantastic4.entry import entry, sizes
 from fantastic4.linalg import HIGHEST, real_array
 
@@ -135,7 +136,8 @@ def adjoint(kernel: Array, y: Array, input_shape: tuple[int, ...], spec: ConvSpe
     expected = jax.eval_shape(apply, x)
     if y.shape != expected.shape:
         raise ValueError(f"y has shape {y.shape}, the layer's output at input {tuple(input_shape)} is {expected.shape}")
-    return jax.linear_transpose(apply, x)(y.astype(expected.dtype))[0]
+    start = vary_as(jnp.zeros(x.shape, x.dtype), kernel, y)
+    return jax.linear_transpose(apply, start)(vary_as(y.astype(expected.dtype), start))[0]
 
 
 @entry(input_shape=sizes)

@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from fantastic4.devices import vary_as
+
 HIGHEST = lax.Precision.HIGHEST
 """On a GPU or TPU the default for float32 is a product with 8 to 11 bits: no bound survives that."""
 
@@ -192,7 +194,7 @@ def krylov_top(apply: Callable[[Array], Array], start: Array, steps: int) -> Arr
         return basis, images, normalise(image), largest
 
     empty = jnp.zeros((*start.shape[:-1], steps, start.shape[-1]), start.dtype)
-    carry = (empty, empty, normalise(start), jnp.zeros_like(size(start)))
+    carry = vary_as((empty, empty, normalise(start), jnp.zeros_like(size(start))), jax.eval_shape(apply, start))
     basis, images, _, _ = lax.fori_loop(0, steps, extend, carry)
     projected = jnp.einsum("...kn,...ln->...kl", basis.conj(), images, precision=HIGHEST)
     ritz = _top_vector((projected + jnp.swapaxes(projected, -1, -2).conj()) / 2)

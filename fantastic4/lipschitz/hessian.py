@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from fantastic4 import dense
+from fantastic4.devices import vary_as
 from fantastic4.expression import Expr, affine
 from fantastic4.linalg import map_rows
 from fantastic4.lipschitz.graph import Node, Signal, multiplicity
@@ -78,11 +79,11 @@ def _back(node: Node, span: Span) -> list[Span]:
     if isinstance(node, Linear) and node.apply is not None:
         (signal,) = node.inputs
         kernel = node.kernel.astype(dtype)
-        like = jax.ShapeDtypeStruct(signal.shape, dtype)
+        like = vary_as(jnp.zeros(signal.shape, dtype), kernel, span)
         shape, apply = node.shape, node.apply
 
         def transposed(part: Array, by: Array) -> Array:
-            return jax.linear_transpose(lambda x: apply(part, x), like)(by.reshape(shape))[0]
+            return jax.linear_transpose(lambda x: apply(part, x), like)(vary_as(by.reshape(shape), like))[0]
 
         positive, negative = jnp.maximum(kernel, 0), jnp.minimum(kernel, 0)
         low = transposed(positive, span.low) + transposed(negative, span.high)
@@ -105,7 +106,7 @@ def _back(node: Node, span: Span) -> list[Span]:
         return [_widen(jnp.minimum(*ends), jnp.maximum(*ends), 4 * unit_roundoff(dtype))]
     if isinstance(node, Fixed) and node.linear and node.apply is not None:
         (signal,) = node.inputs
-        like = jax.ShapeDtypeStruct(signal.shape, dtype)
+        like = vary_as(jnp.zeros(signal.shape, dtype), span)
         transpose = jax.linear_transpose(node.apply, like)
         low, high, size = (transpose(end.reshape(node.shape))[0] for end in (*span, _size(span)))
         # Its coefficients are all positive or 0; as many are added as it has outputs, at most.

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jax.extend import core
 
+from fantastic4.devices import vary_over, varying_axes
 from fantastic4.expression import X, size
 from fantastic4.lipschitz.entered import Entered, where_all
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
@@ -209,9 +210,11 @@ class Walk:
         return self._constants.setdefault(self._contents[id(value)][1], value)
 
     def _results(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if name == "pvary":  # in a shard_map: the same numbers, of which JAX keeps in mind that others vary
+            return operands
         if all(map(is_constant, operands)):
             return evaluate(eqn, operands)
-        name = eqn.primitive.name
         if name not in CALLS:
             operands = [settled(o) if isinstance(o, Signal) and size(o.expr) > _LARGEST else o for o in operands]
         for operand in operands:
@@ -275,6 +278,8 @@ def at_once(*operands: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    if not all(map(is_known, operands)):  # those that do not vary over the devices must say so beside those that do
+        operands = [vary_over(x, varying_axes(atom.aval)) for x, atom in zip(operands, eqn.invars, strict=True)]
     found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(found) if eqn.primitive.multiple_results else [found]
 
