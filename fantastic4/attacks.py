@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from fantastic4 import classifier
+from fantastic4 import classifier, entry
 from fantastic4.classifier import Logits
 from fantastic4.devices import vary_as
-from fantastic4.entry import count, not_negative
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "steps", "restarts"))
@@ -70,7 +70,7 @@ def attack(
     Args:
       fn: logits of a batch.
       x: the batch.
-      labels: ``(batch,)``, whose margins are to be destroyed.
+      labels: ``(batch,)``, integers from 0 on, whose margins are to be destroyed.
       epsilon: radius of the ball, a number, or one for each example.
       key: a ``jax.random.key``.
       steps: of each descent.
@@ -80,7 +80,7 @@ def attack(
       Examples of the shape of ``x``, within epsilon of it up to rounding.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, labels that are no classes, or a radius that is negative or no number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,8 +90,19 @@ def attack(
       >>> print(jnp.argmax(net(found)))
       1
     """
-    steps, restarts = count(1)("steps", steps), count(1)("restarts", restarts)
-    jax.eval_shape(lambda x: classifier.logits(fn, x), x)
-    epsilon = not_negative("epsilon", jnp.asarray(epsilon, x.dtype))
+    steps, restarts = entry.count(1)("steps", steps), entry.count(1)("restarts", restarts)
+    entry.key(key)
+    classes = jax.eval_shape(lambda x: classifier.logits(fn, x), x).shape[1]
+    labels, epsilon = jnp.asarray(labels), jnp.asarray(epsilon, x.dtype)
+    if labels.shape != (len(x),) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be integers of the shape {(len(x),)}, one for each example, got {labels.dtype}{labels.shape}"
+        )
+    if epsilon.shape not in ((), (len(x),)):
+        raise ValueError(f"epsilon must be a number or one for each of {len(x)} examples, got {epsilon.shape}")
+    if not isinstance(labels, jax.core.Tracer) and not np.all((labels >= 0) & (labels < classes)):
+        raise ValueError(f"labels must be classes from 0 to {classes - 1}, got {np.unique(labels)}")
+    if not isinstance(epsilon, jax.core.Tracer) and not np.all(epsilon >= 0):
+        raise ValueError(f"epsilon must be a number that is not negative, got {epsilon}")
     sizes = jnp.broadcast_to(epsilon, (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
-    return _attack(classifier.precise(fn), x, jnp.asarray(labels), sizes, key, steps, restarts)
+    return _attack(classifier.precise(fn), x, labels, sizes, key, steps, restarts)

@@ -15,11 +15,14 @@ def logits(fn: Logits, x: Array) -> Array:
     """``fn(x)``, unless they are no logits ``(batch, classes)``, or ``x`` is no batch."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError("x must be a batch of examples, an array of a real floating dtype")
-    shape = jax.eval_shape(fn, x).shape
+    found = jax.eval_shape(fn, x)
+    shape = tuple(getattr(found, "shape", ()))
     if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] < 2:
         raise ValueError(
             f"fn must return logits (batch, classes) with at least 2 classes for x of shape {x.shape}, got {shape}"
         )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(f"fn must return logits of a real floating dtype, got {found.dtype}")
     return fn(x)
 
 

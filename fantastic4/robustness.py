@@ -35,12 +35,14 @@ from fantastic4 import classifier
 from fantastic4.attacks import attack as attack
 from fantastic4.classifier import Logits
 from fantastic4.entry import count, not_negative
+from fantastic4.linalg import unit, widened
 
 _BATCH = 1000  # examples whose gradients are computed together
 _CHUNK = 512  # pairs of an example and a class that are searched together
 
 
-def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
+def _pairs_of(matrix: Array, classes: int, name: str, dtype: Any) -> Array:
+    """One number for each pair of classes, none below the smallest normal float, where XLA takes numbers for 0."""
     try:
         matrix = jnp.asarray(matrix)
     except TypeError:
@@ -50,11 +52,17 @@ def _pairs_of(matrix: Array, classes: int, name: str) -> Array:
         ) from None
     if matrix.shape not in ((), (classes, classes)):
         raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
-    return jnp.broadcast_to(not_negative(name, matrix), (classes, classes))
+    numbers = jnp.maximum(not_negative(name, matrix).astype(dtype), jnp.finfo(dtype).tiny)
+    return jnp.broadcast_to(numbers, (classes, classes))
 
 
 def _slack(*dtypes: Any) -> float:
     return 64 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _finite(x: Array) -> Array:
+    """What has overflowed as the largest float: a radius is no larger for it."""
+    return jnp.minimum(x, jnp.finfo(x.dtype).max)
 
 
 def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
@@ -81,14 +89,14 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
       [3. 0.]
     """
     logits = classifier.logits(classifier.precise(fn), x)
-    limits = _pairs_of(margins, logits.shape[1], "margins")
+    limits = _pairs_of(margins, logits.shape[1], "margins", logits.dtype)
     predicted = jnp.argmax(logits, axis=1)
     own = classifier.of_class(logits, predicted)[:, None]
     slack = _slack(x.dtype, logits.dtype)
     lost = slack * (jnp.abs(own) + jnp.abs(logits))
     gap = jnp.maximum(own - logits - lost, 0)
     other = jnp.arange(logits.shape[1]) != predicted[:, None]
-    radii = jnp.where(gap > 0, gap / limits[predicted] * (1 - slack), 0)
+    radii = jnp.where(gap > 0, _finite(gap / limits[predicted]) * (1 - slack), 0)
     nearest = jnp.min(jnp.where(other, radii, jnp.inf), axis=1)
     # Asked of every class: on a CPU, a minimum over thousands may drop a NaN.
     sound = jnp.all(jnp.isfinite(logits), axis=1) & ~jnp.any(jnp.isnan(radii), axis=1)
@@ -127,7 +135,8 @@ def _dual(value: Array, size: Array, gradient: Array, x: Array, eta: Array, pair
     steep = eta * jnp.maximum(pair.steep, jnp.sqrt(jnp.sum(gradient * gradient)))
     noise = half + steep * steep
     lost = half + 2 * eta * size + fell + (2 * jnp.sqrt(squares * noise) + slack * noise) / convex
-    return jnp.where(convex > 0, half + 2 * eta * value - fell - slack * lost, -jnp.inf)
+    vanished = (4 * x.size / convex + 2 * eta) * jnp.finfo(x.dtype).tiny  # squares and logits below the smallest float
+    return jnp.where(convex > 0, half + 2 * eta * value - fell - slack * lost - vanished, -jnp.inf)
 
 
 def _search(fn: Logits, steps: int, inner: int, pair: _Pair) -> Array:
@@ -183,22 +192,24 @@ def _taylor(fn: Logits, x: Array, below: Array) -> tuple[Array, Array, Array]:
         return back(jax.nn.one_hot(of, classes, dtype=logits.dtype))[0].reshape(len(x), -1)
 
     own_gradient = gradient(predicted)
+    lengths = jax.vmap(lambda vector: unit(vector)[0])
 
     def against(other: Array) -> tuple[Array, Array]:
         other_gradient = gradient(jnp.full(len(x), other))
-        return jnp.linalg.norm(own_gradient - other_gradient, axis=1), jnp.linalg.norm(other_gradient, axis=1)
+        return lengths(own_gradient - other_gradient), lengths(other_gradient)
 
     slopes, sizes = lax.map(against, jnp.arange(classes))
-    sizes = sizes.T + jnp.linalg.norm(own_gradient, axis=1)[:, None]
     slack = _slack(x.dtype, logits.dtype)
+    vanished = own_gradient.shape[1] * float(jnp.finfo(x.dtype).tiny) / slack  # entries below the smallest float
+    sizes = sizes.T + lengths(own_gradient)[:, None] + vanished
     slopes = slopes.T * (1 + slack) + slack * sizes
     own = classifier.of_class(logits, predicted)[:, None]
     gap = own - logits - slack * (jnp.abs(own) + jnp.abs(logits))
     gap = jnp.where(gap > jnp.finfo(x.dtype).tiny ** 0.4, gap, 0)  # squares of smaller ones vanish
     m = below[predicted]
-    # The root in the form that does not cancel.
-    bottom = slopes + jnp.sqrt(slopes * slopes + 2 * m * gap)
-    radii = jnp.where(gap > 0, 2 * gap / bottom * (1 - slack), 0)
+    # The root in the form that does not cancel, of squares that do not vanish.
+    bottom = slopes + jnp.hypot(slopes, jnp.sqrt(2 * m) * jnp.sqrt(gap))
+    radii = jnp.where(gap > 0, _finite(2 * gap / bottom) * (1 - slack), 0)
     return jnp.where(jnp.arange(classes) == predicted[:, None], jnp.inf, radii), logits, sizes
 
 
@@ -221,7 +232,7 @@ def curvature_radii(
       fn: logits ``(batch, classes)`` of a batch, which treats examples one by one; compiled anew in every call. Its
         gradients in JAX must be its derivatives: no ``stop_gradient`` or ``custom_vjp`` that changes them, and no kinks
         that cancel, as in ``relu(x) - relu(-x)``.
-      x: the batch.
+      x: the batch; of half precision it is taken in float32.
       curvatures: ``(classes, classes)`` m_ij from `fantastic4.lipschitz.margin_curvatures`, or one number for all.
       enough: stop for an example once its radius exceeds this; without, every radius is made as large as can be.
       steps: halvings of η.
@@ -232,7 +243,7 @@ def curvature_radii(
       ``(batch,)``, 0 where nothing is certified.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, or arrays that are traced.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -244,11 +255,14 @@ def curvature_radii(
       np.True_
     """
     steps, inner = count(1)("steps", steps), count(1)("inner", inner)
+    if any(isinstance(given, jax.core.Tracer) for given in (x, curvatures)):
+        raise ValueError("curvature_radii works on numbers, not inside jit, vmap or grad: call it outside")
     x, fn = jnp.asarray(x), classifier.precise(fn)
     classes = jax.eval_shape(lambda x: classifier.logits(fn, x), x).shape[1]
+    x = widened(x)
     if not len(x):
         return np.zeros(0)
-    below = _pairs_of(curvatures, classes, "curvatures").astype(x.dtype)
+    below = _pairs_of(curvatures, classes, "curvatures", x.dtype)
     pieces = [_taylor(fn, x[start : start + _BATCH], below) for start in range(0, len(x), _BATCH)]
     radii, logits, steep = (np.concatenate([np.asarray(p[i], np.float64) for p in pieces]) for i in range(3))
     predicted = np.argmax(logits, axis=1)

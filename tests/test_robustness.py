@@ -138,6 +138,11 @@ def test_certified_accuracy_counts_what_is_right_and_beyond():
     assert robustness.certified_accuracy(linear, x, labels, radii, 1.0) == pytest.approx(1 / 3)
 
 
+def attack(labels=(0, 1), epsilon=0.1, key=None):
+    key = jax.random.key(0) if key is None else key
+    return robustness.attack(linear, jnp.ones((2, 2)), jnp.asarray(labels), epsilon, key=key)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -161,12 +166,39 @@ def test_certified_accuracy_counts_what_is_right_and_beyond():
             "epsilon must not be negative",
         ),
         (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2), int), 1.0), "floating"),
+        (lambda: jax.jit(lambda m: robustness.curvature_radii(linear, jnp.ones((2, 2)), m))(1.0), "not inside jit"),
+        (lambda: robustness.lipschitz_radii(lambda x: jnp.ones(x.shape, int), jnp.ones((2, 3)), 1.0), "floating dtype"),
+        (lambda: attack(jnp.zeros((2, 1), int)), r"labels must be integers of the shape \(2,\), .* got int32\(2, 1\)"),
+        (lambda: attack(jnp.zeros(2)), "labels must be integers"),
+        (lambda: attack(jnp.array([7, 0])), "classes from 0 to 2"),
+        (lambda: attack(epsilon=-0.1), "not negative"),
+        (lambda: attack(epsilon=np.nan), "not negative"),
+        (lambda: attack(epsilon=jnp.ones(3)), r"one for each of 2 examples, got \(3,\)"),
+        (lambda: attack(key=0), "key must be a key"),
         (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2)), 1.0, steps=0), "steps"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_radii_of_numbers_whose_squares_vanish():
+    """Each of these certified twice the distance, or any."""
+    line = lambda x: x @ jnp.array([[-1e-20, 0.0]]) + jnp.array([1.0, 0.0])  # another class from 1e20 on
+    bowl = lambda x: jnp.concatenate([jnp.full_like(x, 1e-12), 0.5e-27 * x**2], axis=1)  # from 4.47e7 on
+    level = lambda x: jnp.concatenate([jnp.full_like(x, 1e-10), 0 * x], axis=1)
+    zero = jnp.zeros((1, 1))
+    assert 1e18 <= robustness.curvature_radii(line, zero, lipschitz.margin_curvatures(line, zero))[0] <= 1e20
+    assert 4.4e7 <= robustness.curvature_radii(bowl, zero, jnp.asarray(1e-27))[0] <= 4.4722e7
+    assert 1e27 <= robustness.lipschitz_radii(level, zero, 1e-39)[0] <= 1e29
+
+
+def test_half_precision_is_widened():
+    net = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, 0.0]])
+    whole = robustness.curvature_radii(net, jnp.ones((1, 2)), 0.5)
+    for dtype in (jnp.float16, jnp.bfloat16):
+        np.testing.assert_array_equal(robustness.curvature_radii(net, jnp.ones((1, 2), dtype), 0.5), whole)
 
 
 def test_pairs_have_their_own_curvatures():
