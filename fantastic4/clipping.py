@@ -52,7 +52,9 @@ def clip_singular_values(
       crop: whether to keep the kernel's taps.
 
     Returns:
-      ``kernel.shape``; without ``crop`` ``(*input_shape, c_in // groups, c_out)``, for the same spec.
+      ``kernel.shape``; without ``crop`` ``(*input_shape, c_in // groups, c_out)``, for the same spec. Of a kernel in
+      half precision float32, in which the promise holds. A projection, not for differentiation: where singular
+      values coincide its derivative is NaN.
 
     Raises:
       ValueError: what `singular_values` refuses; ``crop=False`` with dilation or a transposed convolution.

@@ -75,10 +75,10 @@ def miyato_normalise(kernel: Array, state: dense.PowerState, *, iterations: int 
       iterations: at least 1.
 
     Returns:
-      The kernel, unchanged if it is zero, and the new state.
+      The kernel, of its own dtype, unchanged if it is zero, and the new state.
     """
     norm, state = dense.step(_matrix(kernel), state, iterations=iterations)
-    return kernel / jnp.where(norm > 0, norm, 1), state
+    return (kernel / jnp.where(norm > 0, norm, 1)).astype(kernel.dtype), state
 
 
 @entry(iterations=count(1))
@@ -234,10 +234,10 @@ def gouk_project(
       iterations: at least 1.
 
     Returns:
-      The kernel, a copy, and the new state.
+      The kernel, a copy of its own dtype, and the new state.
     """
     norm, state = ryu_step(kernel, state, spec, iterations=iterations)
-    return kernel / jnp.maximum(1, norm / maximum), state
+    return (kernel / jnp.maximum(1, norm / maximum)).astype(kernel.dtype), state
 
 
 @entry(input_shape=sizes, warmup=count(0))
@@ -337,7 +337,7 @@ def estimate_tnn(
       Scalar, times the padding's factor; differentiable with constant vectors.
     """
     kernels, factor = canonical(kernel, spec)
-    constant = lax.stop_gradient(kernels)
+    _, constant = unit(lax.stop_gradient(kernels))  # squares of its numbers neither overflow nor vanish
     shape = kernels.shape[1:]
     letters = "abcde"[: len(shape)]
 

@@ -19,7 +19,7 @@ from fantastic4.entry import choice
 from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at, left_out
 from fantastic4.linalg import each
 from fantastic4.promotion import usual_promotion
-from fantastic4.tables import columns
+from fantastic4.tables import at_most, columns
 
 
 def _bound(layer: Layer, method: str, kernel: Array) -> Array:
@@ -88,12 +88,12 @@ class Report:
     @property
     def product(self) -> float:
         """Product of the bounds: for layers in sequence with 1-Lipschitz functions between, a Lipschitz bound."""
-        return math.prod(row.bound for row in self.rows)
+        return math.prod(row.bound for row in self.rows) * (1 + 2.0**-52 * len(self.rows))
 
     def __str__(self) -> str:
         table = [("layer", "shape", "norm at most")]
-        table += [(row.name, "×".join(map(str, row.shape)), f"{row.bound:.4g}") for row in self.rows]
-        table += [("product", "", f"{self.product:.4g}")]
+        table += [(row.name, "×".join(map(str, row.shape)), at_most(row.bound)) for row in self.rows]
+        table += [("product", "", at_most(self.product))]
         lines = [columns(table, left=2)]
         if self.left_out:
             some = [f"{path} ({'×'.join(map(str, shape))})" for path, shape in self.left_out[:8]]
@@ -124,8 +124,8 @@ def report(
       >>> from fantastic4 import network
       >>> print(network.report({"conv": {"kernel": jnp.ones((3, 3, 1, 1))}}))
       layer        shape    norm at most
-      conv/kernel  3×3×1×1             9
-      product                          9
+      conv/kernel  3×3×1×1         9.001
+      product                      9.001
     """
     layers = find(params, select=select, specs=specs)
     leaves = leaves_at(params, layers)

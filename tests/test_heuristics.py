@@ -180,6 +180,31 @@ def test_tnn_lies_between_the_norm_and_the_four(shape):
     np.testing.assert_allclose(np.vdot(gradient, kernel), value, rtol=1e-3)
 
 
+def test_tnn_scales_with_the_kernel():
+    kernel = cases.draw(np.random.default_rng(0), (3, 3, 3, 4), "normal")
+    tnn = jax.jit(lambda k: f4.estimate_tnn(k, key=KEY, iterations=5))
+    value = float(tnn(jnp.asarray(kernel)))
+    for scale in (1e-30, 1e-20, 1e20, 1e30):
+        assert float(tnn(jnp.asarray(kernel * np.float32(scale)))) == pytest.approx(value * scale, rel=1e-4)
+    assert tnn(jnp.zeros((3, 3, 3, 4))) == 0
+
+
+def test_what_is_normalised_or_projected_keeps_its_dtype():
+    """So it may be carried through a loop."""
+    kernel = jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+    start = heuristics.miyato_init(kernel, key=KEY, warmup=0), heuristics.ryu_init(kernel, (4, 4), key=KEY, warmup=0)
+
+    def both(carry, _):
+        kernel, (miyato, ryu) = carry
+        kernel, miyato = heuristics.miyato_normalise(kernel, miyato)
+        kernel, ryu = heuristics.gouk_project(kernel, np.float64(1), ryu)
+        return (kernel, (miyato, ryu)), None
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        first = jax.tree.map(lambda x: x.astype(jnp.float32), start)
+        assert jax.eval_shape(lambda k, s: jax.lax.scan(both, (k, s), length=2), kernel.astype(dtype), first)
+
+
 def test_taps_that_fold_share_the_change():
     """5×4 taps on 3×2 inputs: nothing is cropped, so the clipped kernel is the nearest layer itself, hardly shrunk."""
     kernel, size, spec, matrix = truth_of("circular-small")

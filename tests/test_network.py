@@ -15,6 +15,7 @@ from flax import nnx
 
 import fantastic4 as f4
 from fantastic4 import dense, ladder, network
+from fantastic4.tables import at_most
 
 KEY = jax.random.key(0)
 
@@ -482,3 +483,13 @@ def test_dense_is_a_convolution_of_one_tap(params):
     state = network.init({"kernel": kernel}, key=KEY, warmup=50)
     value, _ = network.step({"kernel": kernel}, state)
     np.testing.assert_allclose(value, dense.exact_norm(kernel), rtol=1e-5)
+
+
+def test_printed_bounds_are_rounded_up():
+    """To the nearest, 1.00049 would be printed as a norm of at most 1."""
+    assert str(network.report({"kernel": jnp.array([[1.00049]])})).split()[-1] == "1.001"
+    numbers = [1.0, 0.0, 1.0000001, 9.99901, 12345.6, 1e-30, 3.4e38, 5e-324, 1.7976931348623157e308, 0.5]
+    for number in [*numbers, *np.exp(np.random.default_rng(0).normal(0, 50, 300))]:
+        printed = float(at_most(number))
+        assert number <= printed <= number * 1.00101
+    assert (at_most(np.inf), at_most(np.nan)) == ("inf", "nan")

@@ -284,9 +284,11 @@ def test_linen_makes_a_state_for_params_from_elsewhere():
     with pytest.raises(ValueError, match="make them for params from elsewhere"):
         wrapped.apply(variables, x)
     how = {"mutable": ["spectral_stats"], "rngs": {"params": jax.random.key(2)}}
-    _, new = wrapped.apply(variables, x, **how)
-    bound = jax.tree.leaves(new["spectral_stats"])[0]
-    np.testing.assert_allclose(bound, f4.four_bounds(params["kernel"]).min(), rtol=1e-3)
+    for update_stats in (None, False):  # as of a model that was given train=False
+        _, new = wrapped.apply(variables, x, update_stats=update_stats, **how)
+        bound = jax.tree.leaves(new["spectral_stats"])[0]
+        np.testing.assert_allclose(bound, f4.four_bounds(params["kernel"]).min(), rtol=1e-3)
+        wrapped.apply({**variables, **new}, x)
 
 
 def test_params_that_setup_puts_elsewhere_are_named():

@@ -29,7 +29,7 @@ from fantastic4.lipschitz.trace import Traced, trace
 from fantastic4.lipschitz.training import LipschitzState, init, step
 from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import round_up
-from fantastic4.tables import columns
+from fantastic4.tables import at_most, columns
 
 __all__ = [
     "Bound", "Curvature", "LipschitzState", "Method", "Row", "UnboundedError", "bound",
@@ -75,8 +75,8 @@ class Bound:
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
             name = row.label.name or row.label.source
-            table.append((row.label.operation, name, shape, f"{float(row.factor):.4g}", f"{float(row.total):.4g}"))
-        table.append(("Lipschitz at most", "", "", "", f"{float(self.value):.4g}"))
+            table.append((row.label.operation, name, shape, at_most(float(row.factor)), at_most(float(row.total))))
+        table.append(("Lipschitz at most", "", "", "", at_most(float(self.value))))
         return columns(table, left=3)
 
 
