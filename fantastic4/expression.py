@@ -96,6 +96,49 @@ def affine(expr: Expr) -> tuple[Fraction, Fraction] | None:
     return None
 
 
+def _lines(expr: Expr) -> set[tuple[Fraction, Fraction]]:
+    """The largest parts that are a x + b with a ≠ 0."""
+    straight = affine(expr)
+    if straight is not None:
+        return {straight} if straight[0] else set()
+    return set().union(*map(_lines, expr.args))
+
+
+def _is_float(number: Fraction) -> bool:
+    return Fraction(float(number)) == number if abs(number) < 2**1000 else False
+
+
+def _of_line(expr: Expr, line: tuple[Fraction, Fraction]) -> Expr | None:
+    """A function of x as one of a x + b; None where it has numbers then that are no floats."""
+    straight = affine(expr)
+    if straight is None:
+        args = [_of_line(arg, line) for arg in expr.args]
+        return None if None in args else dataclasses.replace(expr, args=tuple(arg for arg in args if arg is not None))
+    if not straight[0]:
+        return expr
+    times = straight[0] / line[0]
+    plus = straight[1] - times * line[1]
+    if not (_is_float(times) and _is_float(plus)):
+        return None
+    scaled = X if times == 1 else Expr("mul", (const(float(times)), X))
+    return scaled if not plus else Expr("add", (scaled, const(float(plus))))
+
+
+@functools.lru_cache(maxsize=4096)
+def in_units(expr: Expr) -> tuple[Expr, Fraction] | None:
+    """(g, a) with f(x) = g(a x + b), exactly, where f is a function of such lines: 32 gelu(x/32) of x/32.
+
+    Of several the flattest, if it is flatter than x itself; None where there is none.
+    """
+    lines = _lines(expr)
+    for line in sorted(lines, key=lambda line: (abs(line[0]), line)):
+        if line != (1, 0) and (len(lines) == 1 or abs(line[0]) < 1):
+            found = _of_line(expr, line)
+            if found is not None:
+                return found, line[0]
+    return None
+
+
 def slopes(expr: Expr) -> frozenset[Fraction] | None:
     """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
     straight = affine(expr)

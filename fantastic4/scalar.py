@@ -12,12 +12,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
-from fantastic4.expression import Expr, X, affine, const, kinks, layers, parts, selections
+from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layers, parts, selections
 from fantastic4.jets import Interval, jet
-from fantastic4.tails import BORDER, integral, sup, tail
+from fantastic4.tails import BORDER, integral, sup, tail, times_up
 
 __all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
 
@@ -155,6 +156,27 @@ def _largest(expr: Expr, order: int, what: str, far: float | None = None) -> flo
     return result
 
 
+def _above(number: Fraction) -> float:
+    """The size of a number, as a float that is no smaller."""
+    try:
+        return math.nextafter(float(abs(number)), math.inf)
+    except OverflowError:
+        return math.inf
+
+
+def _in_other_units(find: Callable[[Expr], float], expr: Expr, order: int) -> float:
+    """What ``find`` knows of a function of x or, if that is less, of the same as a function of a x + b."""
+    units, found = in_units(expr), math.inf
+    if units is not None:
+        with contextlib.suppress(ValueError):  # which would name places in other units
+            found = times_up(*[_above(units[1])] * order, find(units[0]))
+    if math.isfinite(found):
+        with contextlib.suppress(ValueError):
+            found = min(found, find(expr))
+        return found
+    return find(expr)
+
+
 def _remembered(find: Callable[[Expr], float]) -> Callable[[Expr], float]:
     """A cache of refusals too: what is bounded in parts asks for the same parts many times."""
 
@@ -194,6 +216,10 @@ def steepest(expr: Expr) -> float:
       >>> print(round(steepest(silu), 5))
       1.09984
     """
+    return _in_other_units(_steepest, expr, 1)
+
+
+def _steepest(expr: Expr) -> float:
     found, refused = math.inf, None
     try:
         found = _largest(expr, 1, "slope")
@@ -202,7 +228,7 @@ def steepest(expr: Expr) -> float:
     if refused or any(part.op in ("sin", "cos") for part in parts(expr)):
         for outer, inner in layers(expr):
             with contextlib.suppress(ValueError):
-                return min(found, steepest(outer) * steepest(inner) * (1 + 1e-15))
+                return min(found, times_up(steepest(outer), steepest(inner)))
     if refused:
         raise refused
     return found
@@ -225,13 +251,18 @@ def most_bent(expr: Expr) -> float:
       >>> print(round(most_bent(Expr("tanh", (X,))), 4))
       0.7698
     """
+    return _in_other_units(_most_bent, expr, 2)
+
+
+def _most_bent(expr: Expr) -> float:
     try:
         return _largest(expr, 2, "curvature")
     except ValueError as refused:
         for outer, inner in layers(expr):
             with contextlib.suppress(ValueError):
                 slope = steepest(inner)
-                return (most_bent(outer) * slope * slope + steepest(outer) * most_bent(inner)) * (1 + 1e-14)
+                curved = times_up(most_bent(outer), slope, slope), times_up(steepest(outer), most_bent(inner))
+                return sum(curved) * (1 + 1e-15)
         raise refused
 
 
@@ -310,6 +341,18 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
       >>> print([round(end, 4) for end in extremes(Expr("logistic", (X,)), 1)])
       [-0.0, 0.25]
     """
+    units = in_units(expr)
+    if units is None:
+        return _extremes(expr, order)
+    low, high = _extremes(units[0], order)
+    if units[1] < 0 and order == 1:
+        low, high = -high, -low
+    size = times_up(*[_above(units[1])] * order)
+    inwards = size * (1 - 1e-11)
+    return -times_up(-low, size) if low < 0 else low * inwards, times_up(high, size) if high > 0 else high * inwards
+
+
+def _extremes(expr: Expr, order: int) -> tuple[float, float]:
     size = steepest(expr) if order == 1 else most_bent(expr)
     power = X if order == 1 else Expr("mul", (const(0.5), Expr("power", (X,), 2.0)))
     line = Expr("mul", (const(size), power))

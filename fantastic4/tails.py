@@ -39,6 +39,12 @@ class Tail(NamedTuple):
 
 
 _NONE = (0.0, 0.0)
+_TINY = 2.3e-308  # what vanishes is taken for a number that does not
+
+
+def times_up(*factors: float) -> float:
+    """A product of numbers that are not negative, a little up."""
+    return 0.0 if 0 in factors else max(math.prod(factors) * (1 + 1e-12), _TINY)
 
 
 def _collected(terms: Iterable[tuple[float, float, float]]) -> Terms:
@@ -60,7 +66,7 @@ def _mul(*factors: Terms | None) -> Terms | None:
     for terms in factors:
         if terms is None:
             return None
-        result = _collected((c * d * (1 + 1e-15), n + m, a + b) for c, n, a in result for d, m, b in terms)
+        result = _collected((times_up(c, d), n + m, a + b) for c, n, a in result for d, m, b in terms)
     return result
 
 
@@ -71,7 +77,7 @@ def _term(factor: float, power: float = 0.0, rate: float = 0.0) -> Terms | None:
 
 def _power_of(p: tuple[float, float], exponent: float) -> Terms | None:
     """An envelope of |p|^exponent, for an exponent below 0, from |p| ≥ m tᵏ."""
-    return _term(p[0] ** exponent, p[1] * exponent) if p[0] > 0 else None
+    return _term(max(p[0] ** exponent, _TINY), p[1] * exponent) if p[0] > 0 else None
 
 
 def _rate(least: tuple[float, float], times: int = 1) -> float:
@@ -156,7 +162,7 @@ def tail(expr: Expr, sign: float) -> Tail:
         value = _power_of(right.least, -1.0)
         square, cube = _power_of(right.least, -2.0), _power_of(right.least, -3.0)
         bend = _add(_mul(cube, right.slope, right.slope, _term(2.0)), _mul(square, right.bend))
-        least = (1 / abs(float(right.range.lo)), 0.0) if right.slope == () and right.range.lo else _NONE
+        least = (1 / abs(float(right.range.lo)) * (1 - 1e-12), 0.0) if right.slope == () and right.range.lo else _NONE
         return _tail_times(left, Tail(value, _mul(square, right.slope), bend, least, span))._replace(range=span)
     larger, smaller = (left, right) if expr.op == "max" else (right, left)
     if larger.range.lo >= smaller.range.hi:
@@ -182,7 +188,7 @@ def _least_of_sum(left: Tail, right: Tail, minus: bool) -> tuple[float, float]:
     other = -right.range if minus else right.range
     if (left.range.lo >= 0 and other.lo >= 0) or (left.range.hi <= 0 and other.hi <= 0):
         (m, k), (n, j) = left.least, right.least
-        return (m + n, k) if k == j else max((left.least, right.least), key=lambda p: (p[0] > 0, p[1]))
+        return ((m + n) * (1 - 1e-12), k) if k == j else max((left.least, right.least), key=lambda p: (p[0] > 0, p[1]))
     for p, q in ((left, right), (right, left)):
         size = float(q.range.largest())
         if math.isfinite(size):
@@ -201,10 +207,10 @@ def sup(terms: Terms | None) -> float:
         if a <= 0:
             if n > 0:
                 return math.inf
-            total += c * BORDER**n * (1 + 1e-9 * (n != 0))
+            total += times_up(c, BORDER**n, 1 + 1e-9 * (n != 0))
         else:
             t = max(BORDER, n / a)
-            total += c * math.exp(n * math.log(t) - a * t) * (1 + 1e-9)
+            total += times_up(c, max(math.exp(n * math.log(t) - a * t), _TINY), 1 + 1e-9)
     return total * (1 + 1e-12)
 
 
@@ -220,5 +226,5 @@ def integral(terms: Terms | None) -> float:
             continue
         if falls <= 0:
             return math.inf
-        total += factor * BORDER**power * math.exp(-rate * BORDER) / falls * (1 + 1e-12)
+        total += times_up(factor, BORDER**power, max(math.exp(-rate * BORDER), _TINY), 1 / falls)
     return total

@@ -145,6 +145,8 @@ RING = np.eye(6) + np.roll(np.eye(6), 1, 0) * [1, 2, 0, 0.5, 1, 1] + 3 * np.diag
 
 
 S = (2, 3)
+
+
 # (function, shape of the input, its exact Lipschitz constant)
 EXACT = {
     # calls.py
@@ -300,6 +302,19 @@ def test_known_constants(name):
     found = bound(fn, shape)
     assert exact * (1 - 1e-12) <= found <= exact * (1 + 1e-3)
     assert_sound(found, steepest_seen(fn, shape))
+
+
+PAIRED = {
+    "side by side": lambda x: jnp.concatenate([x, -x]),
+    "the larger": lambda x: jnp.maximum(x, -x[:, ::-1]),
+    "both": lambda x: jnp.stack([jnp.tanh(x), jnp.tanh(x)]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_squares_that_vanish(name, x64):
+    fn = lambda x: PAIRED[name](1e-170 * x) * 1e170
+    assert 2**0.5 * (1 - 1e-12) <= lipschitz.bound(fn, jnp.ones(S)).value <= 2**0.5 * (1 + 1e-5)
 
 
 def rms_normalised(x):

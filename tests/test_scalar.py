@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fantastic4.expression import substitute
 from fantastic4.jets import Interval, jet
 from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
 
@@ -55,6 +56,29 @@ def test_smooth_functions(name, x64):
     assert slopes.max() <= steepest(expression) <= slopes.max() * (1 + 1e-5)
     # At 0, where some are largest from one side, JAX may say 0.
     assert bends.max() <= most_bent(expression) <= bends.max() * (1 + (2e-3 if name in ("softsign", "elu") else 1e-4))
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.01, 0.0), (1.0, -41.0), (-1 / 3, 100.0)])
+@pytest.mark.parametrize("name", ["gelu-tanh", "softplus", "tanh", "elu"])
+def test_functions_that_are_stretched_and_moved(name, a, b):
+    """F(a x + b): as steep and as bent as f, in its own units; much of it lies beyond the interval that is searched."""
+    f = SMOOTH[name][0]
+    line = op("add", op("mul", a, X), b) if b else op("mul", a, X)
+    g = op("mul", 5, substitute(f, X, line))
+    for order, known, ours in ((1, steepest(f), steepest(g)), (2, most_bent(f), most_bent(g))):
+        scale = 5 * abs(a) ** order
+        assert known * scale * (1 - 2e-6) <= ours <= known * scale * (1 + 2e-6)
+        ends = np.array(extremes(f, order)) * scale
+        wanted = sorted(-ends) if a < 0 and order == 1 else ends
+        np.testing.assert_allclose(extremes(g, order), wanted, atol=3e-6 * known * scale)
+
+
+def test_numbers_that_vanish_on_the_way():
+    """Slopes of 1 whose terms, or parts, are below the smallest float."""
+    small = op("mul", 1e-200, op("mul", 1e-200, op("max", op("sub", X, 100), 0)))
+    assert steepest(op("mul", 1e200, op("mul", 1e200, small))) >= 1
+    slow = op("mul", 1e-170, op("tanh", op("mul", 1e-170, X)))
+    assert 1 <= steepest(op("mul", 1e170, op("mul", 1e170, slow))) < math.inf
 
 
 @pytest.mark.parametrize("name", KINKED)

@@ -76,7 +76,8 @@ class Numbers:
     def up(self, value: float) -> Array:
         """A Python float, not rounded down."""
         kind = np.dtype(self.dtype).type
-        nearest = kind(max(value, float(jnp.finfo(self.dtype).tiny)) if value > 0 else value)
+        with np.errstate(over="ignore"):  # infinity is no smaller
+            nearest = kind(max(value, float(jnp.finfo(self.dtype).tiny)) if value > 0 else value)
         return jnp.asarray(nearest if float(nearest) >= value else np.nextafter(nearest, kind(np.inf)))
 
     def root(self, signal: Signal) -> float:
