@@ -43,6 +43,7 @@ W, V, B = draw(3, 3), draw(3, 3), draw(3)
 TALL, WIDE, STACK = draw(3, 5), draw(5, 3), draw(2, 3, 4)
 MASK = np.array([[True, False, True], [False, True, True]])
 DYADIC = np.array([0.5, -2.0, 1.0], DTYPE)
+MANY = np.array([[0, 5, 60], [3, 1, 2]], np.int32)
 
 
 def norm(matrix):
@@ -288,6 +289,16 @@ EXACT = {
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
     # norms.py
+    "largest three": (lambda x: lax.top_k(2 * x, 2)[0], S, 2.0),
+    "choice of seventy": (lambda x: lax.select_n(MANY, *[jnp.roll(x, k) for k in range(70)]), S, 2**0.5),
+    # choices.py
+    "masked by itself": (lambda x: 2 * x * (x > 0), S, 2.0),
+    "masked gelu": (lambda x: nn.gelu(x) * (x > 0), S, 1.12899),
+    "slopes of channels": (lambda x: jnp.where(x >= 0, x, DYADIC * x), S, 2.0),
+    "slopes of channels, below": (lambda x: jnp.where(-x > 0, DYADIC * (3 * x), x), S, 6.0),
+    "slopes of channels, or zero": (lambda x: jnp.where(-x < 0, DYADIC * x, 0), S, 2.0),
+    "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
+    "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
     "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
     "norms of rows": (lambda x: jnp.linalg.norm(x - B, axis=1), S, 1.0),
     "norm of what is repeated": (lambda x: jnp.sqrt(1e-6 + jnp.sum(jnp.concatenate([x, x]) ** 2)), S, 2**0.5),
@@ -1083,7 +1094,12 @@ JUMPS = {
     "root": (lambda x: jnp.sqrt(jnp.abs(x)), "'sqrt'", "without a finite slope"),
     "kernel of the input": (lambda x: conv(x[None], jnp.ones((1, 3, 1)) * x[0, 0]), "'conv_general_dilated'", "kernel"),
     "complex matrix": (lambda x: (x @ (1j * W.T)).real, "'dot_general'", "only real ones"),
-    "no rule": (lambda x: lax.top_k(x, 2)[0], "'top_k'", "register_rule"),
+    "no rule": (lambda x: lax.lgamma(x), "'lgamma'", "register_rule"),
+    "places of the largest": (lambda x: lax.top_k(x, 2)[1] * x[0, 0], "'top_k'", "take their values alone"),
+    "a mask": (lambda x: (x > 0).astype(x.dtype), "'convert_element_type'", "jumps at 0"),
+    "a mask elsewhere": (lambda x: x * (x > 0.5), "'mul'", "jumps at 0.5"),
+    "slopes that do not meet": (lambda x: jnp.where(x < 1, DYADIC * x, x), "'select_n'", "not a function of the same"),
+    "slopes of others": (lambda x: jnp.where(x < 0, DYADIC * x[::-1], x), "'select_n'", "not a function of the same"),
     "by infinity": (lambda x: jnp.inf / (1 + jnp.exp(x)), "'div'", "div"),
 }  # fmt: skip
 
@@ -1101,7 +1117,7 @@ def at_this_line(x):
 
 
 def at_that_line(x):
-    return lax.top_k(x, 2)[0]
+    return lax.lgamma(x)
 
 
 @pytest.mark.parametrize("fn", [at_that_line, at_this_line, lambda x: at_this_line(2 * x)])
@@ -1519,6 +1535,15 @@ def test_equinox_and_haiku_modules():
     exact = np.linalg.norm(np.asarray(params["linear"]["w"], np.float64), 2)
     found = float(lipschitz.bound(lambda x: model.apply(params, x), jnp.ones((1, 3))).value)
     assert exact <= found <= exact * 1.001
+
+
+def test_nnx_modules_that_change_when_they_are_called():
+    norm, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first, or bound lambda x: nnx\.clone\(model\)\(x\)"):
+        lipschitz.bound(norm, x)
+    assert float(lipschitz.bound(lambda x: nnx.clone(norm)(x), x).value) == pytest.approx(1e5**0.5, rel=1e-4)
+    norm.eval()
+    assert float(lipschitz.bound(norm, x).value) == pytest.approx(1, rel=1e-4)
 
 
 class Block(nn.Module):

@@ -6,15 +6,16 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from fantastic4.expression import Expr, X, const
-from fantastic4.lipschitz.graph import Signal, unknown, whole
+from fantastic4.expression import Expr, X, affine, const
+from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
-from fantastic4.lipschitz.nodes import Joint, settled
+from fantastic4.lipschitz.nodes import Joint, Lines, Scaled, settled
 from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
-from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
+from fantastic4.lipschitz.trace import COMPLEX, Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 
 
 @rule("lt", "gt", "le", "ge", "eq", "ne")
@@ -66,6 +67,44 @@ def _select(by: Comparison, yes: Expr, no: Expr) -> Expr:
     return _select(by.parts[0], yes, _select(by.parts[1], yes, no))
 
 
+@rule("convert_element_type")
+def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (value,) = operands
+    kind = eqn.params["new_dtype"]
+    if jnp.issubdtype(kind, jnp.floating):
+        if isinstance(value, Comparison):  # 0 and 1: x * (x > 0)
+            return scalar(value.of, _select(value, const(1.0), const(0.0)), walk.label(eqn))
+        return value
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        return walk.refuse(eqn, COMPLEX)
+    return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")
+
+
+def _is_line_through_zero(case: Any, of: Signal) -> bool:
+    """Whether every entry of a case is a number, perhaps its own, times that entry of the signal."""
+    if not isinstance(case, Signal):
+        return uniform(case) == 0
+    if isinstance(case.node, Scaled) and case.plain and case.shape == case.node.shape:
+        (case,) = case.node.inputs
+    straight = affine(case.expr)
+    return straight is not None and not straight[1] and case.same_entries(of)
+
+
+def _two_lines(by: Comparison, cases: list[Any], label: Label) -> Signal | None:
+    """``where(x > 0, x, slopes * x)`` with a slope for each channel."""
+    while by.kind == "not":
+        by = by.parts[0]
+    sides = [affine(part) for part in by.parts] if by.kind == "less" else []
+    meet = len(sides) == 2 and all(side is not None and not side[1] for side in sides) and sides[0] != sides[1]
+    if not meet or not all(_is_line_through_zero(case, by.of) for case in cases):
+        return None
+    lines = tuple(case for case in cases if isinstance(case, Signal))
+    return whole(Lines(label, by.of.shape, lines)) if lines else None
+
+
+NOT_OF_ONE = "chooses by the input between what is not a function of the same entries: it may jump"
+
+
 @rule("select_n")
 def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     by, *cases = operands
@@ -79,8 +118,7 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             elif number is not None and math.isfinite(number):
                 exprs.append(const(number))
             else:
-                return walk.refuse(eqn, "chooses by the input between what is not a function of the same entries: it "
-                                        "may jump")  # fmt: skip
+                return _two_lines(by, cases, label) or walk.refuse(eqn, NOT_OF_ONE)
         return scalar(by.of, _select(by, exprs[1], exprs[0]), label)
     if not is_constant(by):
         return walk.refuse(eqn, "chooses by the input: it may jump")
@@ -97,8 +135,9 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             signals = [settled(s) for s in signals] if len(signals) < len(cases) else signals
             read = iter(signals)
             places = [next(read).places if isinstance(c, Signal) else constants(c) for c in cases]
-            places = [np.broadcast_to(p, shape) for p in places]
-            return moved(dataclasses.replace(signals[0], shape=shape), np.choose(chosen, places))
+            stacked = np.stack([np.broadcast_to(p, shape) for p in places])  # np.choose takes 32 at most, or 64
+            found = np.take_along_axis(stacked, chosen[None], 0)[0]
+            return moved(dataclasses.replace(signals[0], shape=shape), found)
         other = unknown(shape, alike=True)
         taken = [(k, settled(c)) for k, c in enumerate(cases) if isinstance(c, Signal)]
         signals = [moved(s, np.where(chosen == k, s.places, other)) for k, s in taken]

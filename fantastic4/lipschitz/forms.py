@@ -41,18 +41,35 @@ def _quotient(top: Expr, bottom: Expr) -> Expr | None:
     return None
 
 
+def _softplus(u: Expr) -> Expr:
+    far = Expr("log1p", (Expr("exp", (Expr("neg", (Expr("abs", (u,)),)),)),))
+    return Expr("add", (Expr("max", (u, _ZERO)), far))
+
+
+def _masked(a: Expr, b: Expr) -> Expr | None:
+    """The product with a mask, 1 where x > 0 and 0 elsewhere, as a choice: it may go on where the mask jumps."""
+    for mask, other in ((a, b), (b, a)):
+        if mask.op == "select" and all(branch.op == "const" for branch in mask.args[2:]):
+            branches = (Expr("mul", (branch, other)) if branch.number else _ZERO for branch in mask.args[2:])
+            return Expr("select", (*mask.args[:2], *branches))
+    return None
+
+
 def known(expr: Expr) -> Expr:
     """The expression, or what it is equal to for all numbers: only the outermost operations are looked at."""
     if expr.op == "power" and expr.number == 1:
         return expr.args[0]
     if expr.op in ("add", "sub") and expr.args[1] == _ZERO:
         return expr.args[0]
+    if expr.op == "mul":
+        return _masked(*expr.args) or expr
+    if expr.op == "exp" and expr.args[0].op == "sub" and _softplus(expr.args[0].args[0]) == expr.args[0].args[1]:
+        return Expr("logistic", (expr.args[0].args[0],))  # as JAX writes the derivative of softplus
     if expr.op == "div":
         return _quotient(*map(known, expr.args)) or expr
     if expr.op in ("log", "log1p"):
         (inside,) = expr.args
         u = _exponent_beside_one(inside if expr.op == "log" else Expr("add", (_ONE, inside)))
         if u is not None and not (u.op == "neg" and u.args[0].op == "abs"):
-            far = Expr("log1p", (Expr("exp", (Expr("neg", (Expr("abs", (u,)),)),)),))
-            return Expr("add", (Expr("max", (u, const(0.0))), far))
+            return _softplus(u)
     return expr

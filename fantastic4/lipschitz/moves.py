@@ -13,7 +13,7 @@ from jax.extend import core
 
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.nodes import Joint, settled
-from fantastic4.lipschitz.trace import COMPLEX, Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
+from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
 
 
 def moved(signal: Signal, places: np.ndarray) -> Signal:
@@ -191,12 +191,3 @@ def _reduce_precision(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> li
 @rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "mesh_cast")
 def _same(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     return operands
-
-
-@rule("convert_element_type")
-def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
-    if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) and isinstance(operands[0], Signal):
-        return operands[0]
-    if jnp.issubdtype(eqn.params["new_dtype"], jnp.complexfloating):
-        return walk.refuse(eqn, COMPLEX)
-    return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")

@@ -222,7 +222,7 @@ class Walk:
                 return [operand] * len(eqn.outvars)
         rule = USER_RULES.get(name) or RULES.get(name)
         comparisons = [o for o in operands if isinstance(o, Comparison)]
-        if comparisons and name not in (*CALLS, "select_n", "not", "and", "or"):
+        if comparisons and name not in (*CALLS, "select_n", "not", "and", "or", "convert_element_type"):
             if name not in MOVES or len(operands) > 1 or rule is None:
                 return self.refuse(eqn, "makes something else of a comparison, and a choice by that may jump")
             results = rule(self, eqn, [comparisons[0].of])
@@ -318,7 +318,15 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
     if not leaves:
         raise ValueError("x has no arrays")
     abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    closed = jax.make_jaxpr(lambda *flat: fn(jax.tree.unflatten(tree, flat)))(*abstract)
+    try:
+        closed = jax.make_jaxpr(lambda *flat: fn(jax.tree.unflatten(tree, flat)))(*abstract)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of Flax, which need not be there
+            raise
+        raise ValueError(
+            "an NNX module of this function changes its state when it is called, which a trace does not let it: call "
+            "model.eval() first, or bound lambda x: nnx.clone(model)(x)"
+        ) from error
     # One node for all leaves: their distances count together.
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     node: Node = Input(Label("input"), (sum(sizes),), ())

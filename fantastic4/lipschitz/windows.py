@@ -14,7 +14,7 @@ from jax.extend import core
 from fantastic4.lipschitz.graph import whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
-from fantastic4.lipschitz.trace import Walk, evaluate, out_shape, rule
+from fantastic4.lipschitz.trace import Refused, Walk, evaluate, out_shape, rule
 
 
 def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float, bool]:
@@ -80,6 +80,13 @@ def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         walk.joined[key] = whole(Fixed(label, (2, *shape), (signal,)))
     both = walk.joined[key]
     return dataclasses.replace(moved(both, both.places[0 if op == "reduce_max" else 1]), label=walk.label(eqn))
+
+
+@rule("top_k")
+def _top_k(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    (signal,) = operands
+    largest = whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,)))  # some of what is sorted
+    return [largest, Refused(f"{walk.label(eqn)} tells the places of the largest, which jump: take their values alone")]
 
 
 @rule("sort")
