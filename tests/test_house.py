@@ -40,7 +40,7 @@ LIPSCHITZ_FLOORS = [
     {"nodes"},
     {"trace", "patterns", "order"},
     {"moves", "linear", "register", "hessian", "training", "sparse", "forms"},
-    {"means"},
+    {"means", "pooling"},
     {"norms"},
     {"scalars", "calls", "windows"},
     {"choices", "scatter"},

@@ -149,6 +149,17 @@ S = (2, 3)
 
 
 # (function, shape of the input, its exact Lipschitz constant)
+def pooled(n, size, stride=1, *, there=False):
+    """The norm of means over windows of one axis with "SAME" padding, of all entries or of those that are there."""
+    windows = -(-n // stride)
+    low = max(0, (windows - 1) * stride + size - n) // 2
+    inside = [[i for i in range(w * stride - low, w * stride - low + size) if 0 <= i < n] for w in range(windows)]
+    rows = np.zeros((windows, n))
+    for row, entries in zip(rows, inside, strict=True):
+        row[entries] = 1 / (len(entries) if there else size)
+    return norm(rows)
+
+
 EXACT = {
     # calls.py
     "jit": (jax.jit(lambda x: jax.jit(lambda y: 2 * y)(x @ W)), S, 2 * norm(W)),
@@ -289,9 +300,22 @@ EXACT = {
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
     # norms.py
+    # pooling.py
+    "mean pool": (lambda x: nn.avg_pool(x, (3, 2), (1, 1), "SAME"), (1, 5, 4, 1), pooled(5, 3) * pooled(4, 2)),
+    "mean pool of what is there": (
+        lambda x: nn.avg_pool(x, (3, 2), (2, 1), "SAME", count_include_pad=False),
+        (1, 5, 4, 1),
+        pooled(5, 3, 2, there=True) * pooled(4, 2, there=True),
+    ),
+    "sums over windows, scaled by channel": (
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 1), (1, 1, 1), "SAME") * DYADIC, (1, 5, 3), 6 * pooled(5, 3)
+    ),
     "largest three": (lambda x: lax.top_k(2 * x, 2)[0], S, 2.0),
     "choice of seventy": (lambda x: lax.select_n(MANY, *[jnp.roll(x, k) for k in range(70)]), S, 2**0.5),
     # choices.py
+    "power": (lambda x: jnp.power(jnp.sin(x), 2.0), S, 1.0),
+    "root as a power": (lambda x: 3 * jnp.power(x**2 + 4, 0.5), S, 3.0),
+    "reciprocal root as a power": (lambda x: jnp.power(x**2 + 1, -0.5), S, 2 / 27**0.5),
     "masked by itself": (lambda x: 2 * x * (x > 0), S, 2.0),
     "masked gelu": (lambda x: nn.gelu(x) * (x > 0), S, 1.12899),
     "slopes of channels": (lambda x: jnp.where(x >= 0, x, DYADIC * x), S, 2.0),
@@ -705,6 +729,11 @@ TRAPS = {
     "a product with a product": (
         lambda x: 5 * jnp.tanh(x[0]) * (2 * jnp.tanh(x[1])) * nn.sigmoid(40 * (x[0] - x[1])), S, [[20.0] * 6]
     ),
+    "windows scaled, but not by axes": (
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "VALID") * np.array([[3, 1], [1, 2], [-2, 3]], DTYPE),
+        (4, 2),
+        None,
+    ),
     "a large constant beside bounded ones": (
         lambda x: jnp.pad(jnp.tanh(x[0]) * jnp.tanh(x[1]), (1, 0), constant_values=100)[:3] * nn.sigmoid(40 * x[1]),
         S,
@@ -1095,6 +1124,7 @@ JUMPS = {
     "kernel of the input": (lambda x: conv(x[None], jnp.ones((1, 3, 1)) * x[0, 0]), "'conv_general_dilated'", "kernel"),
     "complex matrix": (lambda x: (x @ (1j * W.T)).real, "'dot_general'", "only real ones"),
     "no rule": (lambda x: lax.lgamma(x), "'lgamma'", "register_rule"),
+    "power of the input": (lambda x: jnp.power(2.0, x), "'pow'", "whole and half exponents"),
     "places of the largest": (lambda x: lax.top_k(x, 2)[1] * x[0, 0], "'top_k'", "take their values alone"),
     "a mask": (lambda x: (x > 0).astype(x.dtype), "'convert_element_type'", "jumps at 0"),
     "a mask elsewhere": (lambda x: x * (x > 0.5), "'mul'", "jumps at 0.5"),

@@ -19,6 +19,7 @@ from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
 from fantastic4.lipschitz.numbers import largest
+from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
 from fantastic4.scalar import is_total
@@ -51,11 +52,26 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if eqn.primitive.name == "rsqrt":
         root = _root(signal, label)
         return scalar(root, Expr("div", (const(1.0), root.expr)), label)
-    y = 2 if eqn.primitive.name == "square" else eqn.params["y"]
+    return _to_the(signal, 2 if eqn.primitive.name == "square" else eqn.params["y"], label)
+
+
+def _to_the(signal: Signal, y: int, label: Label) -> Any:
     if y == 0:
         return np.ones(signal.shape, np.float32)
-    power = Expr("power", (e,), float(abs(y)))
+    power = Expr("power", (signal.expr,), float(abs(y)))
     return scalar(signal, power if y > 0 else Expr("div", (const(1.0), power)), label)
+
+
+@rule("pow")
+def _pow(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
+    base, exponent = aligned(operands, out_shape(eqn))
+    number = None if isinstance(exponent, Signal) else uniform(exponent)
+    if number is None or not (2 * number).is_integer() or not isinstance(base, Signal):
+        return walk.refuse(eqn, "is known for whole and half exponents that are constants: write exp(y log(x))")
+    label = walk.label(eqn)
+    if number.is_integer():
+        return _to_the(base, int(number), label)
+    return _to_the(_root(base, label), int(2 * number), label)
 
 
 NOT_A_NUMBER = "hides where its argument is not a number, which is not known to be nowhere: it may jump there"
@@ -125,10 +141,10 @@ def _wide(x: Any) -> Array:
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
     by = _wide(by)
-    if isinstance(signal.node, Sparse) and signal.is_shifted and signal.shape == signal.node.shape:
-        sparse = signal.node.scaled(by, label)
-        if sparse is not None:
-            return whole(sparse)
+    if isinstance(signal.node, Sparse | Pool) and signal.is_shifted and signal.shape == signal.node.shape:
+        matrix = signal.node.scaled(by, label)
+        if matrix is not None:
+            return whole(matrix)
     found = _plain_linear(signal)
     # A number that is no float of the constants' type stays apart.
     if found is not None and by.ndim == len(signal.shape) and 1e-30 < abs(found[1]) < 1e30:

@@ -35,7 +35,7 @@ class Sparse(Fixed):
         """Its results times constants, of a shape that broadcasts to it; None where they are not known."""
         if not is_known(by):
             return None
-        sizes = _sizes(by, self.shape).ravel()[self.rows]
+        sizes = sizes_of(by, self.shape).ravel()[self.rows]
         values = self.values * sizes
         values[(values < _TINY) & (self.values > 0) & (sizes > 0)] = _TINY  # a product that vanishes is no 0
         return matrix(label, self.shape, self.inputs[0], self.rows, self.columns, values)
@@ -62,14 +62,14 @@ def added_up(label: Label, shape: tuple[int, ...], signal: Signal, places: np.nd
         before = settled(scaled.inputs[0])
         inside = columns >= 0
         at = np.where(inside, columns, 0)
-        values = _sizes(scaled.by, scaled.shape).ravel()[at]
+        values = sizes_of(scaled.by, scaled.shape).ravel()[at]
         columns = np.where(inside, before.places.ravel()[at], -1)
         read = before
     kept = (columns >= 0) & (places.ravel() >= 0)
     return matrix(label, shape, whole(read.node), places.ravel()[kept], columns[kept], values[kept])
 
 
-def _sizes(by: object, shape: tuple[int, ...]) -> np.ndarray:
+def sizes_of(by: object, shape: tuple[int, ...]) -> np.ndarray:
     """Absolute values of constants, each up by what a quotient has lost."""
     constants = np.asarray(by)
     up = 1 + 4 * float(np.finfo(constants.dtype).eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,44 +13,27 @@ from jax.extend import core
 from fantastic4.lipschitz.graph import whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
+from fantastic4.lipschitz.pooling import Pool, window_pairs
+from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import Refused, Walk, evaluate, out_shape, rule
-
-
-def _windows(p: dict[str, Any], shape: Sequence[int]) -> tuple[float, float, bool]:
-    """Entries that a window holds, at most; windows that hold one entry, at most; whether every window holds one."""
-    held = inside = 1
-    filled = True
-    for axis, n in enumerate(shape):
-        size, stride = p["window_dimensions"][axis], p["window_strides"][axis]
-        spread, base = p["window_dilation"][axis], p["base_dilation"][axis]
-        low, high = p["padding"][axis]
-        length = (n - 1) * base + 1 if n else 0
-        count = (length + low + high - ((size - 1) * spread + 1)) // stride + 1
-        taken = np.arange(count)[:, None] * stride + np.arange(size) * spread - low
-        entry, odd = np.divmod(taken, base)
-        real = (odd == 0) & (taken >= 0) & (entry < n)
-        inside *= int(real.sum(axis=1).max(initial=0))
-        filled &= bool(real.any(axis=1).all())
-        held *= int(np.bincount(entry[real].astype(int), minlength=1).max())
-    return float(inside), float(held), filled
 
 
 @rule("reduce_window_sum")
 def _window_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    inside, held, _ = _windows(eqn.params, signal.shape)
-    # A matrix of zeros and ones: ‖A‖² ≤ its largest row sum times its largest column sum (Schur).
-    factor = math.sqrt(inside * held)
+    axes = tuple(pairs for pairs, _ in window_pairs(eqn.params, signal.shape))
+    factor = math.prod(norm_above(*pairs, np.ones(len(pairs[0]))) for pairs in axes) * (1 + 1e-14 * len(axes))
     add = lambda x: evaluate(eqn, [x])[0]  # noqa: E731
-    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), factor, linear=True, apply=add))
+    return whole(Pool(walk.label(eqn), out_shape(eqn), (signal,), factor, linear=True, apply=add, axes=axes))
 
 
 @rule("reduce_window_max", "reduce_window_min")
 def _window_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    _, held, filled = _windows(eqn.params, signal.shape)
-    if not filled:  # of none, the largest is -∞
+    axes = window_pairs(eqn.params, signal.shape)
+    if any(len(np.unique(windows)) < count for (windows, _), count in axes):  # of no entry, the largest is -∞
         walk.entered.strange()
+    held = math.prod(int(np.bincount(entries, minlength=1).max()) for (_, entries), _ in axes)
     return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), math.sqrt(held)))
 
 
