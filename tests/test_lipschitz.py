@@ -43,6 +43,7 @@ W, V, B = draw(3, 3), draw(3, 3), draw(3)
 TALL, WIDE, STACK = draw(3, 5), draw(5, 3), draw(2, 3, 4)
 MASK = np.array([[True, False, True], [False, True, True]])
 DYADIC = np.array([0.5, -2.0, 1.0], DTYPE)
+APART = np.array([[3, 1], [1, 2], [-2, 3]], DTYPE)
 MANY = np.array([[0, 5, 60], [3, 1, 2]], np.int32)
 
 
@@ -313,7 +314,7 @@ EXACT = {
     "largest three": (lambda x: lax.top_k(2 * x, 2)[0], S, 2.0),
     "choice of seventy": (lambda x: lax.select_n(MANY, *[jnp.roll(x, k) for k in range(70)]), S, 2**0.5),
     # choices.py
-    "power": (lambda x: jnp.power(jnp.sin(x), 2.0), S, 1.0),
+    "power": (lambda x: jnp.power(jnp.tanh(x), 2.0), S, 4 / 27**0.5),
     "root as a power": (lambda x: 3 * jnp.power(x**2 + 4, 0.5), S, 3.0),
     "reciprocal root as a power": (lambda x: jnp.power(x**2 + 1, -0.5), S, 2 / 27**0.5),
     "masked by itself": (lambda x: 2 * x * (x > 0), S, 2.0),
@@ -730,7 +731,7 @@ TRAPS = {
         lambda x: 5 * jnp.tanh(x[0]) * (2 * jnp.tanh(x[1])) * nn.sigmoid(40 * (x[0] - x[1])), S, [[20.0] * 6]
     ),
     "windows scaled, but not by axes": (
-        lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "VALID") * np.array([[3, 1], [1, 2], [-2, 3]], DTYPE),
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "VALID") * APART,
         (4, 2),
         None,
     ),
