@@ -43,8 +43,13 @@ _TINY = 2.3e-308  # what vanishes is taken for a number that does not
 
 
 def times_up(*factors: float) -> float:
-    """A product of numbers that are not negative, a little up."""
-    return 0.0 if 0 in factors else max(math.prod(factors) * (1 + 1e-12), _TINY)
+    """A product of numbers that are not negative, a little up: only of zeros it is zero."""
+    if 0 in factors:
+        return 0.0
+    product = 1.0
+    for factor in factors:  # one after the other: what has vanished may grow again
+        product = max(product * factor * (1 + 1e-13), _TINY)
+    return product
 
 
 def _collected(terms: Iterable[tuple[float, float, float]]) -> Terms:

@@ -10,6 +10,7 @@ import pytest
 from fantastic4.expression import substitute
 from fantastic4.jets import Interval, jet
 from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
+from fantastic4.tails import times_up
 
 
 def op(name, *args, number=0.0):
@@ -77,6 +78,8 @@ def test_numbers_that_vanish_on_the_way():
     """Slopes of 1 whose terms, or parts, are below the smallest float."""
     small = op("mul", 1e-200, op("mul", 1e-200, op("max", op("sub", X, 100), 0)))
     assert steepest(op("mul", 1e200, op("mul", 1e200, small))) >= 1
+    assert 1e-150 <= times_up(1e-200, 1e-200, 1e250) < 1
+    assert times_up(1e-200, 0.0, 1e250) == 0
     slow = op("mul", 1e-170, op("tanh", op("mul", 1e-170, X)))
     assert 1 <= steepest(op("mul", 1e170, op("mul", 1e170, slow))) < math.inf
 

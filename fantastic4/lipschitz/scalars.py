@@ -186,9 +186,10 @@ def _normalised(a: Signal, b: Signal, label: Label) -> Signal | None:
             below = moved(scale.inputs[0], scale.inputs[0].places.ravel()[bottom.places])
             found = norms.normalised_product(top, below, label)
             if found is not None:
+                if bottom.index is None and bottom.shape == scale.shape:
+                    return _times(found, scale.by, label)
                 with at_once(scale.by):
-                    by = jnp.broadcast_to(scale.by, scale.shape).ravel()[bottom.places]
-                return _times(found, by, label)
+                    return _times(found, jnp.broadcast_to(scale.by, scale.shape).ravel()[bottom.places], label)
     return norms.normalised_product(a, b, label)
 
 
