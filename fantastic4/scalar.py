@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -76,27 +77,27 @@ def _inner_kinks(expr: Expr) -> list[float]:
     return sorted(k for k in kinks(expr) if abs(k) <= BORDER)
 
 
-def _search(expr: Expr, order: int, far: float | None = None) -> float:
-    """Sup |f'| or sup |f''| from above, within `_ACCURACY` of the largest value seen where that can be had.
+def _climb(measure: Callable[[Interval], tuple[np.ndarray, np.ndarray]], places: list[float], far: float) -> float:
+    """The largest value of a function that is not negative, from above, within `_ACCURACY` where that can be had.
 
-    ``far`` is what it is at most beyond the border, where that is known better than by envelopes.
+    Args:
+      measure: the largest and the smallest size that it can have on intervals.
+      places: where intervals must end.
+      far: what it is at most beyond the border.
     """
-    points = np.unique(np.concatenate([np.linspace(-BORDER, BORDER, _CELLS + 1), [0.0], _inner_kinks(expr)]))
+    points = np.unique(np.concatenate([np.linspace(-BORDER, BORDER, _CELLS + 1), [0.0], places]))
     cells = Interval(points[:-1], points[1:])
-    if far is None:
-        ends = [tail(expr, sign) for sign in (1.0, -1.0)]
-        far = max(sup(end.slope if order == 1 else end.bend) for end in ends)
     above = far
     seen = 0.0
     for _ in range(_ROUNDS):
         if above == math.inf or not len(cells.lo):
             break
-        bound = jet(expr, cells)[order].largest()
+        bound, _ = measure(cells)
         if np.any((bound == math.inf) & (cells.hi - cells.lo < _NARROW)):
             above = math.inf
             break
         middle = (cells.lo + cells.hi) / 2
-        at = jet(expr, Interval(middle, middle))[order].smallest()
+        _, at = measure(Interval(middle, middle))
         seen = max(seen, float(np.max(np.where(np.isfinite(at), at, 0.0))))
         settled = bound <= max(seen, far) * (1 + _ACCURACY)
         above = max(above, float(np.max(bound[settled], initial=0.0)))
@@ -106,8 +107,24 @@ def _search(expr: Expr, order: int, far: float | None = None) -> float:
         if len(cells.lo) > _MOST:
             break
     if len(cells.lo):
-        above = max(above, float(np.max(jet(expr, cells)[order].largest())))
+        above = max(above, float(np.max(measure(cells)[0])))
     return above
+
+
+def _search(expr: Expr, order: int, far: float | None = None) -> float:
+    """Sup |f'| or sup |f''| from above.
+
+    ``far`` is what it is at most beyond the border, where that is known better than by envelopes.
+    """
+    if far is None:
+        ends = [tail(expr, sign) for sign in (1.0, -1.0)]
+        far = max(sup(end.slope if order == 1 else end.bend) for end in ends)
+
+    def measure(cells: Interval) -> tuple[np.ndarray, np.ndarray]:
+        found = jet(expr, cells)[order]
+        return found.largest(), found.smallest()
+
+    return _climb(measure, _inner_kinks(expr), far)
 
 
 def _check_smooth(expr: Expr) -> None:
@@ -264,6 +281,63 @@ def _most_bent(expr: Expr) -> float:
                 curved = times_up(most_bent(outer), slope, slope), times_up(steepest(outer), most_bent(inner))
                 return sum(curved) * (1 + 1e-15)
         raise refused
+
+
+def _wave(expr: Expr) -> tuple[str, Expr, float] | None:
+    """Sin or cos, of what, and the size of the number before it."""
+    if expr.op == "neg":
+        return _wave(expr.args[0])
+    if expr.op == "mul" and expr.args[0].op == "const":
+        inner = _wave(expr.args[1])
+        return None if inner is None else (inner[0], inner[1], inner[2] * abs(expr.args[0].number))
+    return (expr.op, expr.args[0], 1.0) if expr.op in ("sin", "cos") else None
+
+
+@functools.lru_cache(maxsize=4096)
+def steepest_together(terms: tuple[tuple[int, Expr], ...]) -> float:
+    """Sup √(Σ n f'²), over all numbers, of functions that are each there n times: no more than by `steepest` of each.
+
+    relu(x) beside relu(-x) has 1, sin(x) beside cos(x) too.
+
+    Args:
+      terms: the n, and the functions, each without a jump.
+
+    Raises:
+      ValueError: what `steepest` raises of one of them.
+    """
+    alone = [steepest(expr) for _, expr in terms]
+    top = max(alone)
+    if top == 0:
+        return 0.0
+    # Pairs of waves: n c² e'² whatever x is.
+    level, left = 0.0, dict.fromkeys(range(len(terms)))
+    for i, (n, expr) in enumerate(terms):
+        wave = _wave(expr)
+        if wave is None or wave[0] != "sin":
+            continue
+        for j, (m, other) in enumerate(terms):
+            if m == n and i in left and j in left and _wave(other) == ("cos", *wave[1:]):
+                del left[i], left[j]
+                level += n * times_up(wave[2], steepest(wave[1]), 1 / top) ** 2
+    kept = [terms[i] for i in left]
+
+    def root(sizes: list[Any]) -> Any:
+        squares = [n * (size / top) ** 2 for (n, _), size in zip(kept, sizes, strict=True)]
+        return np.sqrt(functools.reduce(np.add, squares, level))
+
+    def measure(cells: Interval) -> tuple[np.ndarray, np.ndarray]:
+        slopes = [jet(expr, cells).slope for _, expr in kept]
+        return root([slope.largest() for slope in slopes]), root([slope.smallest() for slope in slopes])
+
+    with np.errstate(all="ignore"):
+        try:
+            far = max(float(root([sup(tail(expr, sign).slope) for _, expr in kept])) for sign in (1.0, -1.0))
+            places = sorted({place for _, expr in kept for place in _inner_kinks(expr)})
+            found = _climb(measure, places, far) if kept else far
+        except OverflowError:  # of an envelope
+            found = math.inf
+    independent = math.sqrt(sum(n * (one / top) ** 2 for (n, _), one in zip(terms, alone, strict=True)))
+    return times_up(top, min(found, independent) * (1 + 1e-12))
 
 
 @functools.lru_cache(maxsize=4096)

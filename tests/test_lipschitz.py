@@ -301,6 +301,18 @@ EXACT = {
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
     # norms.py
+    # numbers.py
+    "relu of both signs": (lambda x: jnp.concatenate([nn.relu(2 * x), nn.relu(-2 * x)]), S, 2.0),
+    "relu of both signs, of some": (lambda x: (nn.relu(x), nn.relu(-x[:, 1:])), S, 1.0),
+    "larger of relu of both signs": (lambda x: jnp.maximum(nn.relu(x), nn.relu(-x[:, ::-1])), S, 1.0),
+    "softplus of both signs": (lambda x: jnp.stack([nn.softplus(x), nn.softplus(-x)]), S, 1.0),
+    "gelu beside relu, of some": (lambda x: (nn.relu(x), nn.gelu(x[:, 1:])), S, (1 + 1.1289940**2) ** 0.5),
+    "gelu beside relu": (lambda x: jnp.concatenate([nn.gelu(x), nn.relu(x), x * 0]), S, (1 + 1.1289940**2) ** 0.5),
+    "waves": (lambda x: jnp.concatenate([jnp.sin(3 * x), -jnp.cos(3 * x)]), S, 3.0),
+    "waves of octaves": (
+        lambda x: jnp.stack([f(2.0**k * x) for k in range(4) for f in (jnp.sin, jnp.cos)]), S, 85**0.5
+    ),
+    "waves, twice": (lambda x: (jnp.sin(x), jnp.cos(x[::-1]), jnp.sin(x), jnp.cos(x)), S, 2**0.5),
     # pooling.py
     "mean pool": (lambda x: nn.avg_pool(x, (3, 2), (1, 1), "SAME"), (1, 5, 4, 1), pooled(5, 3) * pooled(4, 2)),
     "mean pool of what is there": (
@@ -735,6 +747,11 @@ TRAPS = {
         (4, 2),
         None,
     ),
+    "waves of two lengths": (lambda x: (jnp.sin(x), jnp.cos(2 * x)), (1,), [[2.5], [2.2], [0.8]]),
+    "waves of two heights": (lambda x: (3 * jnp.sin(x), jnp.cos(x)), (1,), [[0.0]]),
+    "waves of other entries": (lambda x: (jnp.sin(x[:1]), jnp.cos(x)), (2,), [[0.0, 1.6]]),
+    "waves that are read more often": (lambda x: (jnp.sin(x), jnp.cos(x), jnp.cos(x)), (1,), [[1.57]]),
+    "slopes together, far out": (lambda x: (nn.relu(x), 3 * nn.relu(-x - 50)), (1,), [[-60.0]]),
     "a large constant beside bounded ones": (
         lambda x: jnp.pad(jnp.tanh(x[0]) * jnp.tanh(x[1]), (1, 0), constant_values=100)[:3] * nn.sigmoid(40 * x[1]),
         S,
@@ -1408,6 +1425,12 @@ def random_layer(rng, depth):
         "normalise": lambda x: number * x / (jnp.sqrt(jnp.sum(x**2, axis, keepdims=True) + abs(fill)) + 0.3),
         "standardise": lambda x: vector * jax.nn.standardize(x, axis, epsilon=0.1),
         "group norm": lambda x: number * group_normalised(x.reshape(2, 2, 2, 2)).reshape(4, 4),
+        "both signs": lambda x: jnp.concatenate([nn.relu(x[:2]), nn.relu(-x[:2])]),
+        "beside": lambda x: jnp.concatenate([nn.gelu(number * x[:2]), jnp.tanh(x[1:3])]),
+        "waves": lambda x: jnp.concatenate([jnp.sin(number * x[:2]), jnp.cos(number * x[:2])]),
+        "masked": lambda x: number * x * (x > 0),
+        "slopes": lambda x: jnp.where(x > 0, x, vector * x),
+        "mean window": lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "SAME") / (1 + np.abs(vector)),
         "shorten": lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 0.7),
         "gate": lambda x: jnp.tanh(x @ matrix) * nn.sigmoid(number * x),
         "gather": lambda x: x[places],

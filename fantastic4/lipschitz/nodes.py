@@ -18,7 +18,7 @@ from fantastic4.conv import ConvSpec, canonical
 from fantastic4.expression import X
 from fantastic4.interval import norm_interval
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
-from fantastic4.lipschitz.numbers import Numbers, slope
+from fantastic4.lipschitz.numbers import Numbers, slope, slope_together
 from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
 
 SILENT = "shift"
@@ -145,20 +145,8 @@ class Joint(Node):
             parts.setdefault(id(signal.node), []).append(signal)
         terms = []
         for signals in parts.values():
-            # What one entry of the node moves: the squares of the slopes under which it is read, added up. In units of
-            # the largest: those of slopes below 1e-154 vanish.
-            steep = [slope(signal) for signal in signals]
-            top, squares = max(steep), np.zeros(1)
-            for signal, factor in zip(signals, steep, strict=True):
-                flat = signal.places.ravel()
-                count = np.bincount(flat[flat >= 0], minlength=1)
-                length = max(len(count), len(squares))
-                squares = np.pad(squares, (0, length - len(squares)))
-                squares[: len(count)] += count * (factor / top if top else 0) ** 2
-            largest = float(squares.max())
-            below = how.of(signals[0].node)
-            alone = largest == top == 1
-            terms.append(below if alone else how.times(top, math.sqrt(largest) * (1 + 1e-12), below))
+            below, factor = how.of(signals[0].node), slope_together(signals)
+            terms.append(below if factor == 1 else how.times(factor, below))
         return how.root_sum_squares(terms)
 
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:

@@ -17,7 +17,8 @@ from fantastic4.expression import Expr, X, affine, slopes
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import product_up, round_up
-from fantastic4.scalar import largest_value, most_bent, steepest
+from fantastic4.scalar import largest_value, most_bent, steepest, steepest_together
+from fantastic4.tails import times_up
 
 T = TypeVar("T")
 
@@ -159,6 +160,34 @@ def slope(signal: Signal) -> float:
     """Lipschitz constant of a signal's scalar function."""
     remedy = "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
     return of_one_number(signal, _slope, "slope", remedy)
+
+
+_PATTERNS = 8  # of how often functions read an entry
+
+
+def slope_together(signals: Sequence[Signal]) -> float:
+    """Lipschitz constant of the entries of several signals of one node, from that node."""
+    size = math.prod(signals[0].node.shape)
+    reads: dict[Expr, np.ndarray] = {}
+    steep: dict[Expr, float] = {}
+    for signal in signals:
+        flat = signal.places.ravel()
+        count = np.bincount(flat[flat >= 0], minlength=size)
+        reads[signal.expr] = reads.get(signal.expr, 0) + count
+        steep[signal.expr] = slope(signal)
+    counts, slopes = np.stack(list(reads.values())), np.array(list(steep.values()))
+    top = float(slopes.max())
+    if top == 0 or not size:
+        return 0.0
+    if counts.sum(axis=0).max() <= 1:
+        return top
+    # What one entry of the node moves. In units of the steepest: squares of slopes below 1e-154 vanish.
+    apart = times_up(top, math.sqrt(float(np.max((slopes / top) ** 2 @ counts))))
+    patterns = np.unique(counts, axis=1).T if len(reads) > 1 and any(affine(e) is None for e in reads) else ()
+    if not 0 < len(patterns) <= _PATTERNS:
+        return apart
+    taken = [tuple((int(n), e) for n, e in zip(pattern, reads, strict=True) if n) for pattern in patterns]
+    return min(apart, max(steepest_together(terms) for terms in taken if terms))
 
 
 def largest(signal: Signal) -> float:
