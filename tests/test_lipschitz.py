@@ -44,6 +44,7 @@ TALL, WIDE, STACK = draw(3, 5), draw(5, 3), draw(2, 3, 4)
 MASK = np.array([[True, False, True], [False, True, True]])
 DYADIC = np.array([0.5, -2.0, 1.0], DTYPE)
 APART = np.array([[3, 1], [1, 2], [-2, 3]], DTYPE)
+NEGATIVE = np.array([-1, -0.5, -1], DTYPE)
 MANY = np.array([[0, 5, 60], [3, 1, 2]], np.int32)
 
 
@@ -150,6 +151,13 @@ S = (2, 3)
 
 
 # (function, shape of the input, its exact Lipschitz constant)
+EMA = [[0.5 ** (i - j + 1) if j <= i else 0 for j in range(6)] for i in range(6)]
+
+
+def haar(x):
+    return jnp.concatenate([x[::2] + x[1::2], x[::2] - x[1::2]])
+
+
 def pooled(n, size, stride=1, *, there=False):
     """The norm of means over windows of one axis with "SAME" padding, of all entries or of those that are there."""
     windows = -(-n // stride)
@@ -301,6 +309,20 @@ EXACT = {
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
     # norms.py
+    # branches.py
+    "rotation": (lambda x: jnp.concatenate([0.6 * x[0] - 0.8 * x[1], 0.8 * x[0] + 0.6 * x[1]]), S, 1.0),
+    "rotary embedding": (jax.vmap(eqx.nn.RotaryPositionalEmbedding(4)), (2, 5, 4), 1.0),
+    "steps of a wavelet": (lambda x: haar(haar(x)), (8,), 2.0),
+    "moving average": (
+        lambda x: lax.scan(lambda c, v: (0.5 * c + 0.5 * v,) * 2, jnp.zeros(3), x)[1], (6, 3), norm(EMA)
+    ),
+    "second differences": (lambda x: x[2:] - 2 * x[1:-1] + x[:-2] + 1, (9,), norm(np.diff(np.eye(9), 2, axis=0))),
+    "scaled and added": (lambda x: DYADIC * x[0] + DYADIC[::-1] * x[1], S, 8**0.5),
+    "scaled with signs": (
+        lambda x: jnp.stack([x[0] * NEGATIVE + x[1], x[0] + x[1]]), S, norm([[-0.5, 1], [1, 1]])
+    ),
+    "added to nothing": (lambda x: (x[0] - x[1]) + x[1] - x[0] + x[0], S, 1.0),
+    "a rotation under a function": (lambda x: 0.5 * jnp.sin(2 * jnp.stack([x[0] - x[1], x[0] + x[1]])), S, 2**0.5),
     # numbers.py
     "relu of both signs": (lambda x: jnp.concatenate([nn.relu(2 * x), nn.relu(-2 * x)]), S, 2.0),
     "relu of both signs, of some": (lambda x: (nn.relu(x), nn.relu(-x[:, 1:])), S, 1.0),
@@ -1429,6 +1451,8 @@ def random_layer(rng, depth):
         "beside": lambda x: jnp.concatenate([nn.gelu(number * x[:2]), jnp.tanh(x[1:3])]),
         "waves": lambda x: jnp.concatenate([jnp.sin(number * x[:2]), jnp.cos(number * x[:2])]),
         "masked": lambda x: number * x * (x > 0),
+        "rotate": lambda x: jnp.concatenate([number * x[:2] - x[2:] * vector, number * x[2:] + x[1:3]]),
+        "wavelet": lambda x: haar(x if axis else haar(x)),
         "slopes": lambda x: jnp.where(x > 0, x, vector * x),
         "mean window": lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 1), (1, 1), "SAME") / (1 + np.abs(vector)),
         "shorten": lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 0.7),

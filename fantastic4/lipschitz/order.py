@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fantastic4.expression import Expr, affine
+from fantastic4.lipschitz.branches import combined
 from fantastic4.lipschitz.graph import Label, Node, Signal
 from fantastic4.lipschitz.nodes import SILENT
 from fantastic4.lipschitz.numbers import Numbers, bend, slope
@@ -49,9 +50,13 @@ def first_order(nodes: Sequence[Node], outputs: Sequence[Signal], how: Numbers) 
             steps.append(Step(signal.label, signal.shape, factor, seen[key]))
         return seen[key]
 
+    matrices = combined(nodes, outputs)
     for node in nodes:
         given = [read(signal) for signal in node.inputs]
         total = node.lipschitz(given, how)
+        if id(node) in matrices:
+            base, norm = matrices[id(node)]
+            total = jnp.minimum(total, how.times(norm, how.of(base)))
         how.constants[id(node)] = total
         if given and node.label.operation != SILENT:
             largest = lax.stop_gradient(functools.reduce(jnp.maximum, given))
