@@ -418,12 +418,21 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
     units = in_units(expr)
     if units is None:
         return _extremes(expr, order)
-    low, high = _extremes(units[0], order)
-    if units[1] < 0 and order == 1:
-        low, high = -high, -low
-    size = times_up(*[_above(units[1])] * order)
-    inwards = size * (1 - 1e-11)
-    return -times_up(-low, size) if low < 0 else low * inwards, times_up(high, size) if high > 0 else high * inwards
+    found = []
+    with contextlib.suppress(ValueError):
+        low, high = _extremes(units[0], order)
+        if units[1] < 0 and order == 1:
+            low, high = -high, -low
+        size = times_up(*[_above(units[1])] * order)
+        inwards = size * (1 - 1e-11) if size > 1e-300 else 0.0
+        found.append(
+            (-times_up(-low, size) if low < 0 else low * inwards, times_up(high, size) if high > 0 else high * inwards)
+        )
+    with contextlib.suppress(ValueError):
+        found.append(_extremes(expr, order))
+    if not found:
+        return _extremes(expr, order)  # which says why
+    return max(low for low, _ in found), min(high for _, high in found)
 
 
 def _extremes(expr: Expr, order: int) -> tuple[float, float]:

@@ -507,3 +507,21 @@ def test_what_vanishes_in_between_is_not_nothing(name):
     inner, w, v = VANISHING[name]
     net = lambda x: jnp.sum(jax.nn.softplus(inner(x)) @ jnp.full((1, 1), v))
     assert float(lipschitz.curvature(net, jnp.ones((1, 1))).upper) >= w**2 * v / 4
+
+
+def test_functions_whose_other_units_tell_nothing():
+    """The flattest line of it is not the one to search in."""
+    huber = lambda y: jnp.where(y < 0, 0.0, jnp.where(y < 1, 0.5 * y * y, y - 0.5))
+    found = lipschitz.curvature(lambda x: jnp.sum(huber(x)), jnp.ones(2))
+    assert found.lower <= 1e-4
+    assert 1 <= found.upper <= 1 + 1e-4
+
+
+def test_pools_of_another_precision(x64):
+    scales = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (4, 4)), jnp.float32)
+    pool = lambda x: jax.lax.reduce_window(x, np.float32(0), jax.lax.add, (2, 2), (1, 1), "SAME")
+    fn = lambda x: jnp.sum(jnp.tanh(pool(x) * scales))
+    found = lipschitz.curvature(fn, jax.ShapeDtypeStruct((4, 4), jnp.float32))
+    points = np.random.default_rng(1).standard_normal((20, 16))
+    hessians = jax.vmap(jax.hessian(lambda v: fn(v.astype(jnp.float32).reshape(4, 4))))(points)
+    assert np.abs(np.linalg.eigvalsh(hessians)).max() <= float(found.value)

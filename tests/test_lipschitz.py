@@ -309,6 +309,17 @@ EXACT = {
     "logsumexp": (lambda x: nn.logsumexp(8 * x, axis=-1), S, 8.0),
     "centred": (lambda x: x - x.mean(1, keepdims=True), S, 1.0),
     # norms.py
+    "reciprocal root of a variance": (
+        lambda x: (x - x.mean()) * (jnp.var(x) + 0.25) ** -0.5 * 2 + jnp.zeros(3, DTYPE), S, 4.0
+    ),
+    "sum of squares less that of the sum": (
+        lambda x: (x - x.mean()) / jnp.sqrt(jnp.sum(x**2) - jnp.sum(x) ** 2 / 6 + 0.25), S, 2.0
+    ),
+    "mean pool without a batch": (
+        lambda x: nn.avg_pool(x[..., None], (3, 2), (2, 1), "SAME", count_include_pad=False),
+        (5, 4),
+        pooled(5, 3, 2, there=True) * pooled(4, 2, there=True),
+    ),
     # branches.py
     "rotation": (lambda x: jnp.concatenate([0.6 * x[0] - 0.8 * x[1], 0.8 * x[0] + 0.6 * x[1]]), S, 1.0),
     "rotary embedding": (jax.vmap(eqx.nn.RotaryPositionalEmbedding(4)), (2, 5, 4), 1.0),
@@ -356,6 +367,9 @@ EXACT = {
     "slopes of channels": (lambda x: jnp.where(x >= 0, x, DYADIC * x), S, 2.0),
     "slopes of channels, below": (lambda x: jnp.where(-x > 0, DYADIC * (3 * x), x), S, 6.0),
     "slopes of channels, or zero": (lambda x: jnp.where(-x < 0, DYADIC * x, 0), S, 2.0),
+    "slopes of channels behind a layer": (
+        lambda x: (lambda y: jnp.where(y > 0, y, DYADIC * y))(x @ (2 * np.eye(3, dtype=DTYPE)) + DYADIC), S, 4.0
+    ),
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
     "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
     "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
@@ -769,6 +783,11 @@ TRAPS = {
         (4, 2),
         None,
     ),
+    "slopes of channels in turn": (
+        lambda x: (lambda y: jnp.where(y > 0, y, y * np.array([2, 0.1], DTYPE)))(x @ np.array([[1, -1]], DTYPE)),
+        (1, 1),
+        [[-1.0], [1.0]],
+    ),
     "waves of two lengths": (lambda x: (jnp.sin(x), jnp.cos(2 * x)), (1,), [[2.5], [2.2], [0.8]]),
     "waves of two heights": (lambda x: (3 * jnp.sin(x), jnp.cos(x)), (1,), [[0.0]]),
     "waves of other entries": (lambda x: (jnp.sin(x[:1]), jnp.cos(x)), (2,), [[0.0, 1.6]]),
@@ -1169,6 +1188,13 @@ JUMPS = {
     "a mask": (lambda x: (x > 0).astype(x.dtype), "'convert_element_type'", "jumps at 0"),
     "a mask elsewhere": (lambda x: x * (x > 0.5), "'mul'", "jumps at 0.5"),
     "slopes that do not meet": (lambda x: jnp.where(x < 1, DYADIC * x, x), "'select_n'", "not a function of the same"),
+    "slopes of a layer that do not meet": (
+        lambda x: (lambda y: jnp.where(y > 0, y, DYADIC * y + B))(x @ W), "'select_n'", "not a function of the same"
+    ),
+    "a number hidden": (
+        lambda x: jnp.where(jnp.isnan(jnp.where(x > 0, 0.0, 0.0) * (1 / x)), 5.0, x), "'ne'", HIDES
+    ),
+    "a large power": (lambda x: jnp.tanh(x) ** 1e5, "'pow'", "up to 100"),
     "slopes of others": (lambda x: jnp.where(x < 0, DYADIC * x[::-1], x), "'select_n'", "not a function of the same"),
     "by infinity": (lambda x: jnp.inf / (1 + jnp.exp(x)), "'div'", "div"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from jax.extend import core
 from fantastic4.expression import Expr, X, affine, const
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
-from fantastic4.lipschitz.nodes import Joint, Lines, Scaled, settled
+from fantastic4.lipschitz.nodes import Joint, Linear, Lines, Scaled, settled
 from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
 from fantastic4.lipschitz.trace import COMPLEX, Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 
@@ -90,12 +90,21 @@ def _is_line_through_zero(case: Any, of: Signal) -> bool:
     return straight is not None and not straight[1] and case.same_entries(of)
 
 
+def _unfolded(case: Any) -> Any:
+    """Entries times constants, though a kernel has taken the constants in."""
+    node = case.node if isinstance(case, Signal) else None
+    if isinstance(node, Linear) and node.unfolded is not None and case.plain and case.shape == node.shape:
+        return node.unfolded()
+    return case
+
+
 def _two_lines(by: Comparison, cases: list[Any], label: Label) -> Signal | None:
     """``where(x > 0, x, slopes * x)`` with a slope for each channel."""
     while by.kind == "not":
         by = by.parts[0]
     sides = [affine(part) for part in by.parts] if by.kind == "less" else []
     meet = len(sides) == 2 and all(side is not None and not side[1] for side in sides) and sides[0] != sides[1]
+    cases = [case if isinstance(case, Signal) and case.same_entries(by.of) else _unfolded(case) for case in cases]
     if not meet or not all(_is_line_through_zero(case, by.of) for case in cases):
         return None
     lines = tuple(case for case in cases if isinstance(case, Signal))

@@ -49,7 +49,8 @@ def _softplus(u: Expr) -> Expr:
 def _masked(a: Expr, b: Expr) -> Expr | None:
     """The product with a mask, 1 where x > 0 and 0 elsewhere, as a choice: it may go on where the mask jumps."""
     for mask, other in ((a, b), (b, a)):
-        if mask.op == "select" and all(branch.op == "const" for branch in mask.args[2:]):
+        known = mask.op == "select" and all(branch.op == "const" for branch in mask.args[2:])
+        if known and any(branch.number for branch in mask.args[2:]):  # else what is hidden would not be seen any more
             branches = (Expr("mul", (branch, other)) if branch.number else _ZERO for branch in mask.args[2:])
             return Expr("select", (*mask.args[:2], *branches))
     return None

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from fantastic4.expression import Expr, X, affine
+from fantastic4.expression import Expr, X, affine, const, parts, substitute
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
@@ -28,7 +28,8 @@ class Centred(Fixed):
 
 def _centred(source: Signal, axes: tuple[int, ...], share: Fraction, label: Label) -> Centred:
     count = math.prod(source.shape[a] for a in axes)
-    factor = max(1.0, math.nextafter(float(abs(1 - share * count)), math.inf))
+    turned = abs(1 - share * count)  # the other eigenvalue
+    factor = max(1.0, math.nextafter(float(turned), math.inf)) if turned < 2**1000 else math.inf
     name = dataclasses.replace(label, operation="centre")
     return Centred(name, source.shape, (source,), factor, linear=True, axes=axes, share=share)
 
@@ -71,19 +72,31 @@ def squared(expr: Expr) -> Expr | None:
     return expr.args[0] if expr.op == "mul" and expr.args[0] == expr.args[1] else None
 
 
+def _square_of_line(expr: Expr) -> Fraction | None:
+    """C, of c x²: of (a x)², of x² over a number."""
+    for part in parts(expr):
+        root = squared(part)
+        line = None if root is None else affine(root)
+        outer = affine(substitute(expr, part, X))
+        alone = X not in parts(substitute(expr, part, const(0.0)))
+        if line is not None and outer is not None and alone and not line[1] and not outer[1]:
+            return outer[0] * line[0] ** 2
+    return None
+
+
 def variance(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """``p Σ x² - (c Σ x)²`` with p = n c²: p times the sum of squares of x less its mean."""
-    squares, plain, root = _sum(a), _sum(b), squared(b.expr)
-    if squares is None or plain is None or root is None or squares[1] != plain[1]:
+    """``p Σ x² - c (Σ x)²`` with p = n c: p times the sum of squares of x less its mean."""
+    squares, plain, taken = _sum(a), _sum(b), _square_of_line(b.expr)
+    if squares is None or plain is None or taken is None or squares[1] != plain[1]:
         return None
     (of, axes), (inner, _) = squares, plain
-    base, straight, share = squared(of.expr), affine(a.expr), affine(root)
-    if base is None or straight is None or share is None or share[1]:
+    base, straight = squared(of.expr), affine(a.expr)
+    if base is None or straight is None:
         return None
     if not same(dataclasses.replace(of, expr=base), inner) or not a.same_entries(dataclasses.replace(b, node=a.node)):
         return None
     count = math.prod(of.shape[x] for x in axes)
-    if not straight[0] or straight[0] != count * share[0] ** 2:
+    if not straight[0] or straight[0] != count * taken:
         return None
     u = dataclasses.replace(whole(_centred(inner, axes, Fraction(1, count), label)), expr=Expr("power", (X,), 2.0))
     total = dataclasses.replace(a.node, inputs=(u,))

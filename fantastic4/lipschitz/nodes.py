@@ -190,6 +190,7 @@ class Linear(Node):
       roundings: how many there were of every entry meanwhile.
       factors: the kernel before the last scale was folded into it, and that scale, one number for each output.
       apply: the linear map itself, of a kernel and an array of the input's shape.
+      unfolded: the same as entries times the constants that were folded in last, where nothing was added since.
     """
 
     kernel: Array = dataclasses.field(default_factory=lambda: jnp.zeros(0))
@@ -199,6 +200,7 @@ class Linear(Node):
     roundings: int = 0
     factors: tuple[Array, Array] | None = None
     apply: Callable[[Array, Array], Array] | None = None
+    unfolded: Callable[[], Signal] | None = dataclasses.field(default=None, init=False)
 
     def norm(self, method: str) -> Array:
         """An upper bound of its norm."""

@@ -73,5 +73,5 @@ class Pool(Fixed):
         apply = self.apply
         with at_once(by):
             positive = apply is not None and not np.any(np.asarray(by) < 0)
-        times = (lambda x: apply(x) * by) if positive and apply is not None else None
+        times = (lambda x: apply(x) * by.astype(x.dtype)) if positive and apply is not None else None
         return Fixed(label, self.shape, self.inputs, factor, linear=True, apply=times)

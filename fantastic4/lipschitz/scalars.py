@@ -15,7 +15,7 @@ from jax.extend import core
 from fantastic4.expression import Expr, X, affine, const
 from fantastic4.linalg import widened
 from fantastic4.lipschitz import forms, means, norms, patterns
-from fantastic4.lipschitz.graph import Label, Signal, reachable, whole
+from fantastic4.lipschitz.graph import Label, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
 from fantastic4.lipschitz.numbers import largest
@@ -55,10 +55,15 @@ def _power(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return _to_the(signal, 2 if eqn.primitive.name == "square" else eqn.params["y"], label)
 
 
+_LARGEST_POWER = 100
+
+
 def _to_the(signal: Signal, y: int, label: Label) -> Any:
     if y == 0:
         return np.ones(signal.shape, np.float32)
-    power = Expr("power", (signal.expr,), float(abs(y)))
+    if abs(y) > _LARGEST_POWER:
+        raise UnboundedError(f"{label} has an exponent of {y}: up to {_LARGEST_POWER} is known")
+    power = signal.expr if abs(y) == 1 else Expr("power", (signal.expr,), float(abs(y)))
     return scalar(signal, power if y > 0 else Expr("div", (const(1.0), power)), label)
 
 
@@ -140,17 +145,24 @@ def _wide(x: Any) -> Array:
 
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
-    by = _wide(by)
-    if isinstance(signal.node, Sparse | Pool) and signal.is_shifted and signal.shape == signal.node.shape:
-        matrix = signal.node.scaled(by, label)
+    by, node = _wide(by), signal.node
+    if isinstance(node, Sparse | Pool) and signal.is_shifted:
+        with at_once(by):  # squeezed, as Flax does with a batch that it has added
+            inside = by if signal.shape == node.shape else jnp.broadcast_to(by, signal.shape).reshape(node.shape)
+        matrix = node.scaled(inside, label)
         if matrix is not None:
-            return whole(matrix)
+            return reshaped(whole(matrix), signal.shape)
     found = _plain_linear(signal)
     # A number that is no float of the constants' type stays apart.
     if found is not None and by.ndim == len(signal.shape) and 1e-30 < abs(found[1]) < 1e30:
         scaled = found[0].scaled(by * float(found[1]), label)
         if scaled is not None:
+            scaled.unfolded = lambda: _scaled(signal, by, label)
             return whole(scaled)
+    return _scaled(signal, by, label)
+
+
+def _scaled(signal: Signal, by: Array, label: Label) -> Signal:
     factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, jnp.max(jnp.abs(by), initial=0))
     name = dataclasses.replace(label, operation="scale")
     return whole(Scaled(name, signal.shape, (signal,), factor, linear=True, by=by))
