@@ -96,6 +96,13 @@ def affine(expr: Expr) -> tuple[Fraction, Fraction] | None:
     return None
 
 
+def multiple_of(expr: Expr, part: Expr) -> Fraction | None:
+    """C, where an expression is c times a part of it, and that is there once."""
+    outer = affine(substitute(expr, part, X))
+    alone = X not in parts(substitute(expr, part, const(0.0)))
+    return outer[0] if outer is not None and alone and not outer[1] else None
+
+
 def _lines(expr: Expr) -> set[tuple[Fraction, Fraction]]:
     """The largest parts that are a x + b with a ≠ 0."""
     straight = affine(expr)

@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -21,18 +20,14 @@ from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layer
 from fantastic4.jets import Interval, jet
 from fantastic4.tails import BORDER, integral, sup, tail, times_up
 
-__all__ = ["Expr", "X", "const", "extremes", "most_bent", "steepest"]
+__all__ = ["Expr", "X", "climb", "const", "extremes", "inner_kinks", "most_bent", "steepest"]
 
-VANISHES = float(np.finfo(np.float32).tiny)
-"""What is smaller counts as 0 where it divides, or has a logarithm: XLA may take it for that."""
 _CELLS = 2048  # at first
-_FEW = 256  # on a bounded interval
 _ROUNDS = 60
 _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
 _BLUR = 1e-5  # of the largest slope: more may hide a jump
 _HIDDEN = 1e-12  # of the steepest slope around, times the distance: more may hide a jump
-_HALVINGS = 20  # of cells in which an argument may not be where its function is defined
 _NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
 
 
@@ -73,11 +68,12 @@ def _check_continuous(expr: Expr) -> None:
             raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
 
 
-def _inner_kinks(expr: Expr) -> list[float]:
+def inner_kinks(expr: Expr) -> list[float]:
+    """Where it changes over, inside of the interval that is searched."""
     return sorted(k for k in kinks(expr) if abs(k) <= BORDER)
 
 
-def _climb(measure: Callable[[Interval], tuple[np.ndarray, np.ndarray]], places: list[float], far: float) -> float:
+def climb(measure: Callable[[Interval], tuple[np.ndarray, np.ndarray]], places: list[float], far: float) -> float:
     """The largest value of a function that is not negative, from above, within `_ACCURACY` where that can be had.
 
     Args:
@@ -124,7 +120,7 @@ def _search(expr: Expr, order: int, far: float | None = None) -> float:
         found = jet(expr, cells)[order]
         return found.largest(), found.smallest()
 
-    return _climb(measure, _inner_kinks(expr), far)
+    return climb(measure, inner_kinks(expr), far)
 
 
 def _check_smooth(expr: Expr) -> None:
@@ -134,7 +130,7 @@ def _check_smooth(expr: Expr) -> None:
     cancel, may hide one. Where the place itself is not a float, f'' is unbounded on the interval around it, and
     `_search` says so.
     """
-    places = _inner_kinks(expr)
+    places = inner_kinks(expr)
     if not places:
         return
     steep = _seen(expr, np.linspace(-BORDER, BORDER, _CELLS))
@@ -281,121 +277,6 @@ def _most_bent(expr: Expr) -> float:
                 curved = times_up(most_bent(outer), slope, slope), times_up(steepest(outer), most_bent(inner))
                 return sum(curved) * (1 + 1e-15)
         raise refused
-
-
-def _wave(expr: Expr) -> tuple[str, Expr, float] | None:
-    """Sin or cos, of what, and the size of the number before it."""
-    if expr.op == "neg":
-        return _wave(expr.args[0])
-    if expr.op == "mul" and expr.args[0].op == "const":
-        inner = _wave(expr.args[1])
-        return None if inner is None else (inner[0], inner[1], inner[2] * abs(expr.args[0].number))
-    return (expr.op, expr.args[0], 1.0) if expr.op in ("sin", "cos") else None
-
-
-@functools.lru_cache(maxsize=4096)
-def steepest_together(terms: tuple[tuple[int, Expr], ...]) -> float:
-    """Sup √(Σ n f'²), over all numbers, of functions that are each there n times: no more than by `steepest` of each.
-
-    relu(x) beside relu(-x) has 1, sin(x) beside cos(x) too.
-
-    Args:
-      terms: the n, and the functions, each without a jump.
-
-    Raises:
-      ValueError: what `steepest` raises of one of them.
-    """
-    alone = [steepest(expr) for _, expr in terms]
-    top = max(alone)
-    if top == 0:
-        return 0.0
-    # Pairs of waves: n c² e'² whatever x is.
-    level, left = 0.0, dict.fromkeys(range(len(terms)))
-    for i, (n, expr) in enumerate(terms):
-        wave = _wave(expr)
-        if wave is None or wave[0] != "sin":
-            continue
-        for j, (m, other) in enumerate(terms):
-            if m == n and i in left and j in left and _wave(other) == ("cos", *wave[1:]):
-                del left[i], left[j]
-                level += n * times_up(wave[2], steepest(wave[1]), 1 / top) ** 2
-    kept = [terms[i] for i in left]
-
-    def root(sizes: list[Any]) -> Any:
-        squares = [n * (size / top) ** 2 for (n, _), size in zip(kept, sizes, strict=True)]
-        return np.sqrt(functools.reduce(np.add, squares, level))
-
-    def measure(cells: Interval) -> tuple[np.ndarray, np.ndarray]:
-        slopes = [jet(expr, cells).slope for _, expr in kept]
-        return root([slope.largest() for slope in slopes]), root([slope.smallest() for slope in slopes])
-
-    with np.errstate(all="ignore"):
-        try:
-            far = max(float(root([sup(tail(expr, sign).slope) for _, expr in kept])) for sign in (1.0, -1.0))
-            places = sorted({place for _, expr in kept for place in _inner_kinks(expr)})
-            found = _climb(measure, places, far) if kept else far
-        except OverflowError:  # of an envelope
-            found = math.inf
-    independent = math.sqrt(sum(n * (one / top) ** 2 for (n, _), one in zip(terms, alone, strict=True)))
-    return times_up(top, min(found, independent) * (1 + 1e-12))
-
-
-@functools.lru_cache(maxsize=4096)
-def largest_value(expr: Expr, most: float = math.inf) -> float:
-    """An upper bound of sup |f| over all numbers from ``-most`` to ``most``; infinity where none is known.
-
-    Args:
-      expr: the function.
-      most: not negative.
-
-    Example:
-      >>> from fantastic4.scalar import X, Expr, largest_value
-      >>> largest_value(Expr("tanh", (X,)))
-      1.0
-      >>> largest_value(Expr("neg", (X,)), 2.0)
-      2.0
-    """
-    ends = np.linspace(-most, most, _FEW + 1) if most < math.inf else np.zeros(0)
-    cells = _cells() if most == math.inf else Interval(ends[:-1], ends[1:])
-    with np.errstate(all="ignore"):
-        value = jet(expr, cells).value
-        found = float(np.maximum(np.abs(value.lo), np.abs(value.hi)).max())
-    return found if math.isfinite(found) else math.inf
-
-
-def _cells() -> Interval:
-    """The whole line in pieces."""
-    points = np.linspace(-BORDER, BORDER, _CELLS + 1)
-    return Interval(np.append(-math.inf, points), np.append(points, math.inf))
-
-
-def is_total(expr: Expr) -> bool:
-    """Whether a function is known to be a number everywhere: its roots, logarithms and quotients of what they are of.
-
-    What may be smaller than `VANISHES` counts as 0.
-
-    Args:
-      expr: the function.
-    """
-    return all(_is_within(part) for part in parts(expr) if part.op in ("log", "log1p", "sqrt", "div"))
-
-
-def _is_within(part: Expr) -> bool:
-    cells = _cells()
-    for _ in range(_HALVINGS):
-        with np.errstate(all="ignore"):
-            p = jet(part.args[-1], cells).value
-        if part.op == "div":
-            good = (p.lo >= VANISHES) | (p.hi <= -VANISHES)
-        else:
-            good = p.lo > -1 if part.op == "log1p" else p.lo >= (0 if part.op == "sqrt" else VANISHES)
-        lo, hi = cells.lo[~good], cells.hi[~good]
-        # Where a root touches 0 few cells are left at each halving; where it is none, ever more.
-        if not len(lo) or len(lo) > _CELLS or np.any(np.isinf(lo) | np.isinf(hi)):
-            break
-        middle = (lo + hi) / 2
-        cells = Interval(np.append(lo, middle), np.append(middle, hi))
-    return not len(lo)
 
 
 def extremes(expr: Expr, order: int) -> tuple[float, float]:

@@ -401,6 +401,28 @@ def test_squares_that_vanish(name, x64):
     assert 2**0.5 * (1 - 1e-12) <= lipschitz.bound(fn, jnp.ones(S)).value <= 2**0.5 * (1 + 1e-5)
 
 
+def test_waves_whose_heights_vanish(x64):
+    fn = lambda x: jnp.stack([1e-200 * (1e-200 * f(1e200 * x)) for f in (jnp.sin, jnp.cos)]) * 1e200
+    assert lipschitz.bound(fn, jnp.ones(S)).value >= 1
+
+
+def test_reciprocals_that_vanish_do_not_cancel():
+    """Below the smallest normal float one number stands for all of them, in a bound from above."""
+    large, less = np.linspace(2e38, 3e38, 16).astype(DTYPE), np.linspace(8.6e37, 9e37, 16).astype(DTYPE)
+    apart = lambda x: x / large - x / less
+    found = bound(lambda x: sum(apart(x)[i] for i in range(16)) * 1e38, (16,))
+    assert_sound(found, 1e38 * np.linalg.norm(1 / np.float64(large) - 1 / np.float64(less)))
+
+
+def test_parts_without_a_slope_of_waves_of_no_height():
+    fn = lambda x: jnp.concatenate([0 * jnp.sin(x**3), 0 * jnp.cos(x**3), jnp.tanh(x)])
+    try:
+        found = bound(fn, S)
+    except lipschitz.UnboundedError:
+        return
+    assert_sound(found, 1.0)
+
+
 def rms_normalised(x):
     return x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 0.25)
 

@@ -22,6 +22,7 @@ _MOST = 2**18  # entries of a matrix
 _SIDE = 256  # of a block
 _ROUNDS = 64  # until entries that meet have found one another
 _SMALL, _LARGE = 1e-100, 1e100  # sizes of entries: others may vanish, or overflow, on the way
+_KEPT = 1e-30  # a smaller constant may be what stands for one that vanishes, and no longer cancel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +163,12 @@ def _matrix(node: Node, known: dict[int, Matrix]) -> Matrix | None:
         if not is_known(node.by):
             return None
         by = np.asarray(node.by)
+        if not np.all(np.isfinite(by) & ((by == 0) | (np.abs(by) > _KEPT))):
+            return None
         factors = np.broadcast_to(by.astype(np.float64), node.shape).ravel()[part.rows]
         lost = part.lost + 8 * float(np.finfo(by.dtype).eps)  # of a reciprocal
         values, sizes = part.values * factors, part.sizes * np.abs(factors)
-        part = dataclasses.replace(part, values=values, sizes=sizes, lost=lost)
-        return _checked(part) if np.all(np.isfinite(factors)) else None
+        return _checked(dataclasses.replace(part, values=values, sizes=sizes, lost=lost))
     return part
 
 

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from fantastic4.expression import Expr, X, affine, const, parts, substitute
+from fantastic4.expression import Expr, X, affine, multiple_of, parts
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import reshaped
-from fantastic4.lipschitz.nodes import Fixed, Reduced
-from fantastic4.lipschitz.patterns import spread_of
+from fantastic4.lipschitz.nodes import Fixed
+from fantastic4.lipschitz.patterns import spread_of, summed
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,17 +43,9 @@ def same(a: Signal, b: Signal) -> bool:
     return a.expr == b.expr and a.same_entries(b)
 
 
-def _sum(signal: Signal) -> tuple[Signal, tuple[int, ...]] | None:
-    """What a signal's node is the sum of, and over which axes."""
-    node = signal.node
-    if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or not node.axes:
-        return None
-    return node.inputs[0], node.axes
-
-
 def centred(a: Signal, b: Signal, label: Label) -> Signal | None:
     """``x - c Σ x`` over axes, as x minus its mean, whatever shape it is summed in."""
-    found, straight = _sum(b), affine(b.expr)
+    found, straight = summed(b.node), affine(b.expr)
     if found is None or straight is None or math.prod(found[0].shape) != math.prod(a.shape):
         return None
     inner, axes = found
@@ -75,18 +67,16 @@ def squared(expr: Expr) -> Expr | None:
 def _square_of_line(expr: Expr) -> Fraction | None:
     """C, of c x²: of (a x)², of x² over a number."""
     for part in parts(expr):
-        root = squared(part)
+        root, times = squared(part), multiple_of(expr, part)
         line = None if root is None else affine(root)
-        outer = affine(substitute(expr, part, X))
-        alone = X not in parts(substitute(expr, part, const(0.0)))
-        if line is not None and outer is not None and alone and not line[1] and not outer[1]:
-            return outer[0] * line[0] ** 2
+        if line is not None and times is not None and not line[1]:
+            return times * line[0] ** 2
     return None
 
 
 def variance(a: Signal, b: Signal, label: Label) -> Signal | None:
     """``p Σ x² - c (Σ x)²`` with p = n c: p times the sum of squares of x less its mean."""
-    squares, plain, taken = _sum(a), _sum(b), _square_of_line(b.expr)
+    squares, plain, taken = summed(a.node), summed(b.node), _square_of_line(b.expr)
     if squares is None or plain is None or taken is None or squares[1] != plain[1]:
         return None
     (of, axes), (inner, _) = squares, plain

@@ -17,8 +17,8 @@ from fantastic4.bounds import bound
 from fantastic4.conv import ConvSpec, canonical
 from fantastic4.expression import X
 from fantastic4.interval import norm_interval
-from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity
-from fantastic4.lipschitz.numbers import Numbers, slope, slope_together
+from fantastic4.lipschitz.graph import Label, Node, Signal
+from fantastic4.lipschitz.numbers import Numbers, slope_together
 from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
 
 SILENT = "shift"
@@ -99,11 +99,10 @@ class Sum(Node):
     def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
         """The sum, or √2 times the root of the sum of squares where both read one node."""
         total = how.sum(given)
-        if self.inputs[0].node is self.inputs[1].node:
-            (a, b), node = self.inputs, self.inputs[0].node
-            together = math.sqrt(2 * multiplicity(a.places, b.places)) * max(slope(a), slope(b))
-            return jnp.minimum(total, how.times(together, how.of(node)))
-        return total
+        if self.inputs[0].node is not self.inputs[1].node:
+            return total
+        together = how.times(math.sqrt(2), slope_together(self.inputs), how.of(self.inputs[0].node))
+        return jnp.minimum(total, together)
 
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
         """The sum."""

@@ -7,13 +7,13 @@ import math
 import sys
 from fractions import Fraction
 
-from fantastic4.expression import Expr, X, affine, const, parts, substitute
+from fantastic4.expression import Expr, X, affine, const, multiple_of, parts, substitute
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.means import same, squared
 from fantastic4.lipschitz.moves import reshaped
-from fantastic4.lipschitz.nodes import Fixed, Reduced
-from fantastic4.lipschitz.patterns import spread_of
-from fantastic4.scalar import VANISHES
+from fantastic4.lipschitz.nodes import Fixed
+from fantastic4.lipschitz.patterns import spread_of, summed
+from fantastic4.values import VANISHES
 
 _UP = 1 + 1e-14
 
@@ -71,10 +71,10 @@ def norm(signal: Signal, label: Label) -> Signal | None:
                 floor = math.sqrt(number.number) if number.number >= VANISHES else 0.0
                 return dataclasses.replace(root, expr=Expr("max", (root.expr, const(floor))))
         return None
-    node, straight = signal.node, affine(_without_floor(signal.expr))
-    if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or straight is None:
+    node, straight, found = signal.node, affine(_without_floor(signal.expr)), summed(signal.node)
+    if found is None or straight is None:
         return None
-    (inner,), (a, b) = node.inputs, straight
+    (inner, axes), (a, b) = found, straight
     base = squared(inner.expr)
     if base is None or a <= 0 or b < 0:
         return None
@@ -84,16 +84,16 @@ def norm(signal: Signal, label: Label) -> Signal | None:
     if factor >= sys.float_info.max:
         return None
     name = dataclasses.replace(label, operation="norm")
-    found = Norm(name, node.shape, (of,), factor, of=of, axes=node.axes, least=least)
-    return dataclasses.replace(signal, node=found, expr=X, label=name)
+    root_of_all = Norm(name, node.shape, (of,), factor, of=of, axes=axes, least=least)
+    return dataclasses.replace(signal, node=root_of_all, expr=X, label=name)
 
 
 def _smallest(expr: Expr, least: float) -> float | None:
     """The smallest value, where an expression of a norm is p x + q with p > 0 and q ≥ 0, or that or a larger number."""
     if expr.op == "max":
-        parts = [(affine(part), part) for part in expr.args]
-        numbers = [float(straight[1]) for straight, _ in parts if straight is not None and straight[0] == 0]
-        others = [_smallest(part, least) for straight, part in parts if straight is None or straight[0] != 0]
+        sides = [(affine(side), side) for side in expr.args]
+        numbers = [float(straight[1]) for straight, _ in sides if straight is not None and straight[0] == 0]
+        others = [_smallest(side, least) for straight, side in sides if straight is None or straight[0] != 0]
         if len(numbers) == 1 and others[0] is not None:
             return max(numbers[0], others[0])
         return None
@@ -129,11 +129,8 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
 def _reciprocal(expr: Expr) -> tuple[Expr, Expr] | None:
     """Of a number times 1 / e the number times X, and e."""
     for part in parts(expr):
-        if part.op == "div" and part.args[0].op == "const" and X not in parts(substitute(expr, part, const(0.0))):
-            outer = substitute(expr, part, Expr("mul", (part.args[0], X)))
-            straight = affine(outer)
-            if straight is not None and not straight[1]:
-                return outer, part.args[1]
+        if part.op == "div" and part.args[0].op == "const" and multiple_of(expr, part) is not None:
+            return substitute(expr, part, Expr("mul", (part.args[0], X))), part.args[1]
     return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from fantastic4.expression import Expr, X
-from fantastic4.lipschitz.graph import Label, Signal, whole
+from fantastic4.lipschitz.graph import Label, Node, Signal, whole
 from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
 
 
@@ -45,14 +45,19 @@ def _without_level(signal: Signal, axes: Sequence[int]) -> tuple[Signal, tuple[S
     return signal, ()
 
 
-def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | None:
-    """The axes, where a signal's node is the sum of exp(exponent) over axes."""
-    node = signal.node
+def summed(node: Node) -> tuple[Signal, tuple[int, ...]] | None:
+    """What a node is the sum of, and over which axes."""
     if not isinstance(node, Reduced) or node.label.operation != "reduce_sum" or not node.axes:
         return None
-    (inner,) = node.inputs
-    same = inner.expr == Expr("exp", (exponent.expr,)) and inner.same_entries(exponent)
-    return node.axes if same else None
+    return node.inputs[0], node.axes
+
+
+def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | None:
+    """The axes, where a signal's node is the sum of exp(exponent) over axes."""
+    found = summed(signal.node)
+    if found is None or found[0].expr != Expr("exp", (exponent.expr,)) or not found[0].same_entries(exponent):
+        return None
+    return found[1]
 
 
 def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:

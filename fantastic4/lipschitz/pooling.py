@@ -12,7 +12,7 @@ import numpy as np
 from fantastic4.lipschitz.graph import Label
 from fantastic4.lipschitz.nodes import Fixed
 from fantastic4.lipschitz.sparse import norm_above, sizes_of
-from fantastic4.lipschitz.trace import at_once, is_known
+from fantastic4.lipschitz.trace import is_known
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """Of every entry of a window on one axis the window and the entry."""
@@ -70,8 +70,7 @@ class Pool(Fixed):
             above = float(np.max(sizes / np.where(product > 0, product, 1)))
             norms = [norm_above(*pairs, line[pairs[0]]) for pairs, line in zip(self.axes, lines, strict=True)]
             factor = min(factor, above * math.prod(norms) * (1 + 1e-14 * (len(norms) + 2)))
-        apply = self.apply
-        with at_once(by):
-            positive = apply is not None and not np.any(np.asarray(by) < 0)
-        times = (lambda x: apply(x) * by.astype(x.dtype)) if positive and apply is not None else None
+        apply, times = self.apply, None
+        if apply is not None and not np.any(np.asarray(by) < 0):
+            times = lambda x: apply(x) * by.astype(x.dtype)  # noqa: E731
         return Fixed(label, self.shape, self.inputs, factor, linear=True, apply=times)

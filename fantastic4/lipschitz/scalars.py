@@ -22,7 +22,7 @@ from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
-from fantastic4.scalar import is_total
+from fantastic4.values import is_total
 
 
 def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
@@ -176,8 +176,10 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if isinstance(a, Signal) and isinstance(b, Signal):
         known = (patterns.log_softmax, means.centred, means.variance) if op == "sub" else (patterns.logsumexp,)
         found = _of_one(op, a, b, label) or next(filter(None, (pattern(a, b, label) for pattern in known)), None)
+        if found is not None:
+            return found
         most = math.nextafter(largest(a) + largest(b), math.inf)
-        return found or whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1, most=most))
+        return whole(Sum(label, a.shape, (a, b), sign=-1 if op == "sub" else 1, most=most))
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
     if number is not None and math.isnan(number):
