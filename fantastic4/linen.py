@@ -30,7 +30,7 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
         )
     if update_stats is None:
         update_stats = module.is_mutable_collection(COLLECTION)
-    keeps = update_stats or not module.has_variable(COLLECTION, "state")  # one that is made now is kept in any case
+    update_stats = update_stats or not module.has_variable(COLLECTION, "state")  # one that is made now is kept
     found: dict[str, Any] = {}
 
     def change(variables: Any) -> Any:
@@ -58,7 +58,7 @@ def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: b
         return layer(*args, **kwargs)
 
     out = nn.map_variables(call, trans_in_fn=change)(layer)
-    if keeps or module.is_initializing():
+    if update_stats:
         module.put_variable(COLLECTION, "state", found["state"])
         module.put_variable(COLLECTION, "bound", found["value"])
     if module.mode == "penalty" and not module.is_initializing():

@@ -89,7 +89,7 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
       [3. 0.]
     """
     logits = classifier.logits(classifier.precise(fn), x)
-    limits = _pairs_of(margins, logits.shape[1], "margins", logits.dtype)
+    limits = _pairs_of(margins, logits.shape[1], "margins", jnp.promote_types(logits.dtype, jnp.float32))
     predicted = jnp.argmax(logits, axis=1)
     own = classifier.of_class(logits, predicted)[:, None]
     slack = _slack(x.dtype, logits.dtype)
