@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 
-def at_most(number: float) -> str:
-    """A bound in four digits, the last of them rounded up."""
+def at_most(number: float, digits: int = 4) -> str:
+    """A bound in so many digits, the last of them rounded up."""
+    return _rounded(number, digits, ROUND_CEILING)
+
+
+def at_least(number: float, digits: int = 4) -> str:
+    """A lower bound in so many digits, the last of them rounded down."""
+    return _rounded(number, digits, ROUND_FLOOR)
+
+
+def _rounded(number: float, digits: int, way: str) -> str:
     if not number or not math.isfinite(number):
-        return f"{number:.4g}"
+        return f"{number:.{digits}g}"
     exact = Decimal(number)
-    return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 3), ROUND_CEILING)):.4g}"
+    return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() + 1 - digits), way)):.{digits}g}"
 
 
 def columns(lines: Sequence[Sequence[str]], left: int) -> str:

@@ -20,7 +20,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"devices", "promotion", "msgpack"},
+    {"devices", "promotion", "msgpack", "checkpoints"},
     {"rounding", "linalg", "expression", "tables"},
     {"entry"},
     {"conv", "dense", "symbol", "jets", "layout"},
@@ -28,10 +28,11 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency", "power", "scalar", "values"},
     {"ladder", "interval", "heuristics", "clipping", "together"},
     {"bounds", "kernels"},
-    {"layerwise", "classifier"},
+    {"layerwise", "classifier", "audit"},
     {"network", "wrapping", "lipschitz", "attacks"},
     {"linen", "nnx", "transforms", "robustness"},
     {"__init__"},
+    {"cli"},
 ]
 
 LIPSCHITZ_FLOORS = [

@@ -1,0 +1,106 @@
+"""The layers of a params tree, each a task of its own: its norm between two floats. A long run can be gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fantastic4.conv import ConvSpec
+from fantastic4.entry import sizes
+from fantastic4.interval import Interval, norm_interval
+from fantastic4.kernels import Layer, Select, Spec, find, leaves_at, some
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A layer whose norm is wanted.
+
+    Attributes:
+      name: its path.
+      kernel: in Flax's order, in the dtype in which it is kept; of a matrix, with one tap.
+      spec: its `ConvSpec`.
+      is_dense: whether it is a matrix.
+      input_shape: the spatial size of its input; None is every size.
+      rtol: wanted upper / lower - 1.
+    """
+
+    name: str
+    kernel: np.ndarray
+    spec: ConvSpec
+    is_dense: bool
+    input_shape: tuple[int, ...] | None
+    rtol: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel; of a matrix ``(inputs, outputs)``."""
+        return self.kernel.shape[self.is_dense :]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same numbers and the same question."""
+        asked = repr((self.kernel.shape, str(self.kernel.dtype), self.spec, self.input_shape, self.rtol))
+        return hashlib.sha256(asked.encode() + np.ascontiguousarray(self.kernel).tobytes()).hexdigest()
+
+    def run(self) -> Interval:
+        """The norm between two floats, both sound: see `fantastic4.norm_interval`."""
+        return norm_interval(self.kernel, self.spec, self.rtol, input_shape=self.input_shape)
+
+
+def tasks(
+    params: Any,
+    *,
+    select: Select | None = None,
+    specs: Mapping[str, Spec] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    rtol: float = 1e-3,
+) -> list[Task]:
+    """A task for each kernel of a params tree.
+
+    Args:
+      params: any pytree of arrays.
+      select: see `fantastic4.network.find`.
+      specs: likewise.
+      input_shapes: for paths or globs, the spatial size of the layer's input: the norm is that of the layer there.
+      rtol: see `fantastic4.norm_interval`.
+
+    Returns:
+      The tasks, in the order of the tree.
+
+    Raises:
+      ValueError: what `fantastic4.network.find` refuses, or an input shape for a path that does not exist.
+
+    Example:
+      >>> import numpy as np
+      >>> from fantastic4 import audit
+      >>> [task] = audit.tasks({"conv": {"kernel": np.ones((3, 3, 1, 1))}})
+      >>> print(task.name, round(task.run().upper, 6))
+      conv/kernel 9.0
+    """
+    layers = find(params, select=select, specs=specs)
+    shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in (input_shapes or {}).items()}
+    names = [layer.path for layer in layers if not layer.is_dense]
+    for glob in shapes:
+        if not fnmatch.filter(names, glob):
+            raise ValueError(f"an input shape for {glob!r}, but no such path: the convolutions are {some(names, glob)}")
+    leaves = leaves_at(params, layers)
+    found = []
+    for layer in layers:
+        size = shapes.get(layer.path) or next(
+            (s for g, s in shapes.items() if fnmatch.fnmatchcase(layer.path, g)), None
+        )
+        size = None if layer.is_dense else size
+        for name, kernel in zip(layer.names, _kernels(layer, leaves[layer.path]), strict=True):
+            found.append(Task(name, kernel, layer.conv, layer.is_dense, size, rtol))
+    return found
+
+
+def _kernels(layer: Layer, leaf: Any) -> np.ndarray:
+    with jax.enable_x64(True):  # or those of float64 were rounded
+        return np.asarray(layer.kernels(leaf))

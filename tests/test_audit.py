@@ -1,0 +1,290 @@
+"""The command: checkpoints as they are really written, tables, what a broken-off run keeps, messages."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner
+from flax import nnx, serialization
+from flax.training.train_state import TrainState
+
+from fantastic4 import audit, checkpoints
+from fantastic4.cli import main
+
+RNG = np.random.default_rng(5)
+CONV = RNG.standard_normal((3, 3, 2, 4)).astype(np.float32)
+MATRIX = RNG.standard_normal((6, 5)).astype(np.float32)
+PARAMS = {
+    "Conv_0": {"kernel": CONV, "bias": np.ones(4, np.float32)},
+    "Dense_0": {"kernel": MATRIX},
+    "table": np.ones((7, 3), np.float32),
+}
+GRID = max(oracle.circular_values(CONV, (30, 30)))  # some of the frequencies: at most the norm at every size
+NORMS = {"Conv_0/kernel": GRID, "Dense_0/kernel": np.linalg.norm(MATRIX.astype(float), 2)}
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, ["audit", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def rows(path):
+    return {row["layer"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def train_state():
+    return TrainState.create(apply_fn=None, params=PARAMS, tx=optax.adam(1e-3))
+
+
+def write_orbax(path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, train_state())
+    return path
+
+
+def write_run(path):
+    with ocp.CheckpointManager(path) as manager:
+        early = {"params": {"Conv_0": {"kernel": np.zeros_like(CONV)}}}
+        manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(early)))
+        manager.save(12, args=ocp.args.Composite(state=ocp.args.StandardSave(train_state())))
+        manager.wait_until_finished()
+    return path
+
+
+def write_msgpack(path):
+    path = path.with_suffix(".msgpack")
+    path.write_bytes(serialization.to_bytes(train_state()))
+    return path
+
+
+def write_npz(path):
+    path = path.with_suffix(".npz")
+    flat = {"Conv_0/kernel": CONV, "Conv_0/bias": np.ones(4), "Dense_0/kernel": MATRIX, "table": PARAMS["table"]}
+    np.savez(path, **flat)
+    return path
+
+
+WRITERS = {"orbax": write_orbax, "run": write_run, "msgpack": write_msgpack, "npz": write_npz}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_others_write_is_read(kind, tmp_path):
+    out = tmp_path / "audit.jsonl"
+    printed = run(WRITERS[kind](tmp_path / "checkpoint"), "--out", out)
+    found = rows(out)
+    assert set(found) == set(NORMS), "the optimiser's moments are no layers"
+    for name, norm in NORMS.items():
+        assert found[name]["lower"] <= found[name]["upper"]
+        assert norm <= found[name]["upper"] <= 1.002 * norm * (1.01 if name == "Conv_0/kernel" else 1)
+        line = next(line for line in printed.splitlines() if name in line)
+        least, most = map(float, re.findall(r" ([\d.]+) ", line)[-2:])
+        assert found[name]["lower"] * (1 - 1e-4) < least <= found[name]["lower"]
+        assert found[name]["upper"] <= most < found[name]["upper"] * (1 + 1e-4)
+    assert found["Dense_0/kernel"]["lower"] <= NORMS["Dense_0/kernel"]
+    assert re.search(r"Left out, no kernels by their names: table \(7×3\)", printed)
+    assert f"{tmp_path / 'checkpoint'}"[:20] in printed.replace("\n", "")
+
+
+def test_an_nnx_state_of_a_model_beside_its_optimizer(tmp_path):
+    model = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "both", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
+        checkpointer.save(tmp_path / "alone", nnx.state(model))
+    for name, at in (("both", ("model",)), ("alone", ())):
+        params = checkpoints.read(tmp_path / name)
+        assert params.at == at
+        np.testing.assert_array_equal(params.tree["kernel"], model.kernel[...])
+
+
+def test_weights_of_pytorch(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights = {"features.0.weight": np.ascontiguousarray(CONV.transpose(3, 2, 0, 1)), "features.0.bias": np.ones(4)}
+    safetensors.numpy.save_file(weights, path)
+    out = tmp_path / "audit.jsonl"
+    run(path, "--out", out)
+    assert list(rows(out)) == ["features/0/weight"]
+    assert rows(out)["features/0/weight"]["shape"] == [3, 3, 2, 4]
+    [task] = audit.tasks({"kernel": CONV})
+    assert rows(out)["features/0/weight"]["upper"] == pytest.approx(task.run().upper, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16])
+def test_numbers_are_those_on_disk(dtype, tmp_path):
+    """Float64 is not rounded to float32 on the way, and half precision is what it is."""
+    value = np.full((1, 1, 1), 1 + 3e-8 if dtype == np.float64 else 0.1).astype(dtype)
+    path = tmp_path / "one.safetensors"
+    safetensors.numpy.save_file({"flax.kernel": value, "torch.weight": value}, path)
+    for task in audit.tasks(checkpoints.read(path).tree, rtol=1e-9):
+        found = task.run()
+        assert found.lower <= float(value.item()) <= found.upper
+
+
+def test_a_run_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
+    path, out = write_npz(tmp_path / "checkpoint"), tmp_path / "audit.jsonl"
+    real, calls = audit.Task.run, []
+
+    def once(task):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(task.name)
+        return real(task)
+
+    monkeypatch.setattr(audit.Task, "run", once)
+    printed = run(path, "--out", out, code=130)
+    assert calls == list(rows(out)) == ["Conv_0/kernel"]
+    assert "Conv_0/kernel" in printed
+    assert "Interrupted: 1 of 2 layers" in printed
+
+    with out.open("a") as file:
+        file.write('{"layer": "Dense_0/ker')  # killed while it wrote
+    monkeypatch.setattr(audit.Task, "run", lambda task: calls.append(task.name) or real(task))
+    run(path, "--out", out)
+    assert calls == ["Conv_0/kernel", "Dense_0/kernel"]
+    assert len(out.read_text().splitlines()) == 3
+    run(path, "--out", out)
+    assert len(calls) == 2
+    run(path, "--out", out, "--rtol", "1e-2")  # another question
+    assert len(calls) == 4
+    np.savez(path, **{"Conv_0/kernel": CONV, "Dense_0/kernel": np.nextafter(MATRIX, 9)})  # other numbers
+    run(path, "--out", out)
+    assert calls[4:] == ["Dense_0/kernel"]
+
+
+def test_a_limit_decides_the_exit_status(tmp_path):
+    path = write_npz(tmp_path / "checkpoint")
+    norm = NORMS["Dense_0/kernel"]
+    run(path, "--max-norm", 1e3)
+    assert "Not proved to be at most" in run(path, "--max-norm", norm, "--select", "Dense_*", code=1)
+    run(path, "--max-norm", 1.002 * norm, "--select", "Dense_*")
+    np.savez(path, **{"a/kernel": np.array([[np.nan]]), "b/kernel": np.eye(2)})
+    out = tmp_path / "audit.jsonl"
+    for _ in range(2):  # as computed, and as kept
+        assert "Not proved to be at most 1000: a/kernel" in run(path, "--max-norm", 1e3, "--out", out, code=1)
+    assert rows(out)["a/kernel"]["upper"] is None
+
+
+def test_an_end_that_is_not_reached_is_marked(tmp_path):
+    np.savez(tmp_path / "a.npz", kernel=CONV)
+    (tmp_path / "specs.toml").write_text('[kernel]\npadding = "REFLECT"\n')
+    printed = run(tmp_path / "a.npz", "--specs", tmp_path / "specs.toml")
+    assert " *" in printed
+    assert "* the two ends stay further apart than 0.001" in printed
+
+
+def test_specs_say_what_the_layers_are(tmp_path):
+    path, specs, out = tmp_path / "a.npz", tmp_path / "specs.toml", tmp_path / "audit.jsonl"
+    heads, stack = RNG.standard_normal((2, 3, 4)), RNG.standard_normal((2, 3, 4))
+    np.savez(path, **{"c/kernel": CONV.astype(float), "heads/kernel": heads, "stack/kernel": stack})
+    specs.write_text(
+        '["c/*"]\nstrides = 2\npadding = [[1, 1], [0, 1]]\ninput_shape = [6, 5]\n'
+        '["heads/*"]\ndense = 2\n["stack/kernel"]\ndense = 1\nstacked = true\n'
+    )
+    run(path, "--specs", specs, "--out", out)
+    layer = oracle.dense(CONV.astype(float), (6, 5), strides=2, padding=((1, 1), (0, 1)))
+    truths = {"c/kernel": layer, "heads/kernel": heads.reshape(6, 4)}
+    truths |= {f"stack/kernel[{i}]": stack[i] for i in range(2)}
+    assert set(rows(out)) == set(truths)
+    for name, matrix in truths.items():
+        norm = np.linalg.norm(matrix, 2)
+        row = rows(out)[name]
+        assert row["lower"] <= norm * (1 + 1e-6)
+        assert norm * (1 - 1e-6) <= row["upper"] <= 1.002 * norm
+    assert rows(out)["c/kernel"]["spec"]["padding"] == [[1, 1], [0, 1]]
+    assert rows(out)["c/kernel"]["input_shape"] == [6, 5]
+
+
+def test_the_page_of_the_docs_shows_specs_that_are_read(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text()
+    [specs] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "specs.toml").write_text(specs)
+    kernels = {"stem/kernel": np.ones((7, 7, 3, 8)), "blocks/conv/kernel": np.ones((2, 3, 3, 4, 4))}
+    kernels |= {"attention/heads/kernel": np.ones((2, 3, 5)), "up/kernel": np.ones((2, 2, 3, 3))}
+    np.savez(tmp_path / "a.npz", **kernels)
+    printed = run(tmp_path / "a.npz", "--specs", tmp_path / "specs.toml", "--rtol", "0.1")
+    assert all(name in printed for name in ("stem/kernel", "blocks/conv/kernel[1]", "up/kernel"))
+
+
+SPECS = {
+    "other field": ("[a]\nstride = 2", "[a] has no stride: choose from"),
+    "value": ("[a]\nstrides = 0", "[a]: strides must be ints of at least 1"),
+    "path": ("[b]\nstrides = 2", "a spec for 'b', but no such path"),
+    "input path": ("[b]\ninput_shape = [4]", "an input shape for 'b', but no such path"),
+    "input shape": ('["*kernel"]\ninput_shape = "x"', "must be a tuple of ints"),
+    "both": ("[a]\ndense = 1\nstrides = 2", "[a] is a matrix by dense, and has strides"),
+    "no table": ("a = 2", 'a is no table: write ["a"]'),
+    "syntax": ("[a", "specs.toml: "),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_specs_that_are_wrong(case, tmp_path):
+    text, message = SPECS[case]
+    (tmp_path / "specs.toml").write_text(text)
+    np.savez(tmp_path / "a.npz", kernel=CONV)
+    assert message in run(tmp_path / "a.npz", "--specs", tmp_path / "specs.toml", code=1).replace("\n", " ")
+
+
+def test_what_cannot_be_read_says_what_can(tmp_path):
+    def refused(*arguments):
+        printed = run(*arguments, code=1)
+        assert printed.startswith("Error: ")
+        assert "Traceback" not in printed
+        return printed
+
+    assert "no checkpoint at" in refused(tmp_path / "nothing")
+    for name, fix in (("a.pth", "safetensors.torch.save_file"), ("a.h5", "numpy.savez"), ("a.txt", "known kind")):
+        (tmp_path / name).write_bytes(b"x")
+        assert fix in refused(tmp_path / name)
+    for name in ("a.msgpack", "a.npz", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"nonsense" * 9)
+        assert "a." in refused(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    assert "_METADATA" in refused(tmp_path / "folder")
+    np.savez(tmp_path / "b.npz", **{"opt_state/0/mu/kernel": MATRIX, "ema/kernel": MATRIX})
+    assert "choose by --at" in refused(tmp_path / "b.npz")
+    assert "no emma in this checkpoint: it has opt_state, ema" in refused(tmp_path / "b.npz", "--at", "emma")
+    run(tmp_path / "b.npz", "--at", "ema")
+    np.savez(tmp_path / "c.npz", **{"a/params/kernel": MATRIX, "b/params/kernel": MATRIX})
+    assert "choose by --at one of a/params, b/params" in refused(tmp_path / "c.npz")
+    assert "rtol must be a positive number" in refused(tmp_path / "c.npz", "--at", "a", "--rtol", "0")
+
+
+def test_several_trees_in_one_step_are_named(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        both = {name: ocp.args.StandardSave({"kernel": MATRIX}) for name in ("generator", "critic")}
+        manager.save(1, args=ocp.args.Composite(**both))
+        manager.wait_until_finished()
+    assert "several trees: name one of" in run(tmp_path / "run", code=1)
+    run(tmp_path / "run" / "1" / "critic")
+
+
+def test_the_command_is_installed():
+    [entry] = importlib.metadata.entry_points(group="console_scripts", name="fantastic4")
+    assert entry.load() is main
+    assert CliRunner().invoke(main, ["--version"]).output.startswith("fantastic4, version ")
+
+
+def test_without_click_it_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; import fantastic4.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "the command needs click: pip install 'fantastic4[cli]'"
+
+
+def test_a_tree_in_memory_is_as_good():
+    [conv, matrix] = audit.tasks({"c": {"kernel": CONV}, "d": {"kernel": MATRIX}}, input_shapes={"c/*": (4, 4)})
+    assert (conv.input_shape, matrix.input_shape, matrix.shape) == ((4, 4), None, (6, 5))
+    assert jax.numpy.isfinite(matrix.run().upper)
