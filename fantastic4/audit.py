@@ -49,8 +49,15 @@ class Task:
         return hashlib.sha256(asked.encode() + np.ascontiguousarray(self.kernel).tobytes()).hexdigest()
 
     def run(self) -> Interval:
-        """The norm between two floats, both sound: see `fantastic4.norm_interval`."""
-        return norm_interval(self.kernel, self.spec, self.rtol, input_shape=self.input_shape)
+        """The norm between two floats, both sound.
+
+        Raises:
+          ValueError: what `fantastic4.norm_interval` refuses, with the layer's name.
+        """
+        try:
+            return norm_interval(self.kernel, self.spec, self.rtol, input_shape=self.input_shape)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
 
 def tasks(

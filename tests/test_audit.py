@@ -259,7 +259,7 @@ def test_what_cannot_be_read_says_what_can(tmp_path):
     run(tmp_path / "b.npz", "--at", "ema")
     np.savez(tmp_path / "c.npz", **{"a/params/kernel": MATRIX, "b/params/kernel": MATRIX})
     assert "choose by --at one of a/params, b/params" in refused(tmp_path / "c.npz")
-    assert "rtol must be a positive number" in refused(tmp_path / "c.npz", "--at", "a", "--rtol", "0")
+    assert "params/kernel: rtol must be a positive number" in refused(tmp_path / "c.npz", "--at", "a", "--rtol", "0")
 
 
 def test_several_trees_in_one_step_are_named(tmp_path):
