@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -37,10 +38,11 @@ def _seen(expr: Expr, points: np.ndarray) -> float:
     return float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
 
 
-def _check_continuous(expr: Expr) -> None:
+def _check_continuous(expr: Expr, pace: float | None) -> None:
     """Both sides of a selection meet where it changes over: exactly where they are lines, else as intervals tell.
 
-    Those that are wide, where large numbers cancel, may hide a jump.
+    Those that are wide, where large numbers cancel, may hide a jump: no more than the input moves it by a 1e-12 of
+    1 + its size. Of what is a part of a function, ``pace`` is how far its argument goes when the input goes 1.
     """
     for chosen in selections(expr):
         a, b, left, right = chosen.args
@@ -62,7 +64,7 @@ def _check_continuous(expr: Expr) -> None:
             apart = not (one.lo <= other.hi and other.lo <= one.hi)
             width, size = max(float(one.hi - one.lo), float(other.hi - other.lo)), 1 + abs(at)
             around = np.append(ends, at + size * np.linspace(-1, 1, _CELLS))
-            if not apart and not width <= _HIDDEN * size * _seen(chosen, around):
+            if not apart and not width <= _HIDDEN * (size if pace is None else pace) * _seen(chosen, around):
                 raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
         if apart:
             raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
@@ -155,9 +157,9 @@ def _far_slopes(expr: Expr) -> tuple[float, float]:
     return low, high
 
 
-def _largest(expr: Expr, order: int, what: str, far: float | None = None) -> float:
+def _largest(expr: Expr, order: int, what: str, pace: float | None, far: float | None = None) -> float:
     with np.errstate(all="ignore"):
-        _check_continuous(expr)
+        _check_continuous(expr, pace)
         if order == 2:
             _check_smooth(expr)
         try:
@@ -177,32 +179,42 @@ def _above(number: Fraction) -> float:
         return math.inf
 
 
-def _in_other_units(find: Callable[[Expr], float], expr: Expr, order: int) -> float:
+def _slower(pace: float | None, by: float) -> float:
+    """How far what goes ``by`` times as far goes."""
+    return by if pace is None else times_up(by, pace)
+
+
+class _Find(Protocol):
+    def __call__(self, expr: Expr, pace: float | None = None) -> float: ...
+
+
+def _in_other_units(find: _Find, expr: Expr, order: int, pace: float | None) -> float:
     """What ``find`` knows of a function of x or, if that is less, of the same as a function of a x + b."""
     units, found = in_units(expr), math.inf
     if units is not None:
+        scale = _above(units[1])
         with contextlib.suppress(ValueError):  # which would name places in other units
-            found = times_up(*[_above(units[1])] * order, find(units[0]))
+            found = times_up(*[scale] * order, find(units[0], _slower(pace, scale)))
     if math.isfinite(found):
         with contextlib.suppress(ValueError):
-            found = min(found, find(expr))
+            found = min(found, find(expr, pace))
         return found
-    return find(expr)
+    return find(expr, pace)
 
 
-def _remembered(find: Callable[[Expr], float]) -> Callable[[Expr], float]:
+def _remembered(find: _Find) -> _Find:
     """A cache of refusals too: what is bounded in parts asks for the same parts many times."""
 
     @functools.lru_cache(maxsize=4096)
-    def outcome(expr: Expr) -> float | str:
+    def outcome(expr: Expr, pace: float | None) -> float | str:
         try:
-            return find(expr)
+            return find(expr, pace)
         except ValueError as error:
             return str(error)
 
     @functools.wraps(find)
-    def found(expr: Expr) -> float:
-        result = outcome(expr)
+    def found(expr: Expr, pace: float | None = None) -> float:
+        result = outcome(expr, pace)
         if isinstance(result, str):
             raise ValueError(result)
         return result
@@ -211,7 +223,7 @@ def _remembered(find: Callable[[Expr], float]) -> Callable[[Expr], float]:
 
 
 @_remembered
-def steepest(expr: Expr) -> float:
+def steepest(expr: Expr, pace: float | None = None) -> float:
     """Sup |f'| over all numbers, never below it and at most 1e-6 of it above, where its terms allow.
 
     Where they do not, of f = g ∘ h: sup |g'| sup |h'|. Waves have no terms that vanish far out: of what is made of
@@ -219,6 +231,7 @@ def steepest(expr: Expr) -> float:
 
     Args:
       expr: the function.
+      pace: of a part of a function, how far its argument goes at most when the input goes 1.
 
     Raises:
       ValueError: it jumps, or no finite bound is known.
@@ -229,32 +242,34 @@ def steepest(expr: Expr) -> float:
       >>> print(round(steepest(silu), 5))
       1.09984
     """
-    return _in_other_units(_steepest, expr, 1)
+    return _in_other_units(_steepest, expr, 1, pace)
 
 
-def _steepest(expr: Expr) -> float:
+def _steepest(expr: Expr, pace: float | None = None) -> float:
     found, refused = math.inf, None
     try:
-        found = _largest(expr, 1, "slope")
+        found = _largest(expr, 1, "slope", pace)
     except ValueError as error:
         refused = error
     if refused or any(part.op in ("sin", "cos") for part in parts(expr)):
         for outer, inner in layers(expr):
             with contextlib.suppress(ValueError):
-                return min(found, times_up(steepest(outer), steepest(inner)))
+                slope = steepest(inner, pace)
+                return min(found, times_up(steepest(outer, _slower(pace, slope)), slope))
     if refused:
         raise refused
     return found
 
 
 @_remembered
-def most_bent(expr: Expr) -> float:
+def most_bent(expr: Expr, pace: float | None = None) -> float:
     """Sup |f''| over all numbers, never below it: the Lipschitz constant of the slope.
 
     Where its terms do not allow it, of f = g ∘ h: sup |g''| sup |h'|² + sup |g'| sup |h''|.
 
     Args:
       expr: the function.
+      pace: see `steepest`.
 
     Raises:
       ValueError: it or its slope jumps, or no finite bound is known.
@@ -264,17 +279,19 @@ def most_bent(expr: Expr) -> float:
       >>> print(round(most_bent(Expr("tanh", (X,))), 4))
       0.7698
     """
-    return _in_other_units(_most_bent, expr, 2)
+    return _in_other_units(_most_bent, expr, 2, pace)
 
 
-def _most_bent(expr: Expr) -> float:
+def _most_bent(expr: Expr, pace: float | None = None) -> float:
     try:
-        return _largest(expr, 2, "curvature")
+        return _largest(expr, 2, "curvature", pace)
     except ValueError as refused:
         for outer, inner in layers(expr):
             with contextlib.suppress(ValueError):
-                slope = steepest(inner)
-                curved = times_up(most_bent(outer), slope, slope), times_up(steepest(outer), most_bent(inner))
+                slope = steepest(inner, pace)
+                outside = _slower(pace, slope)
+                bent = times_up(most_bent(outer, outside), slope, slope)
+                curved = bent, times_up(steepest(outer, outside), most_bent(inner, pace))
                 return sum(curved) * (1 + 1e-15)
         raise refused
 
@@ -298,34 +315,34 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
     """
     units = in_units(expr)
     if units is None:
-        return _extremes(expr, order)
-    found = []
+        return _extremes(expr, order, None)
+    found, scale = [], _above(units[1])
     with contextlib.suppress(ValueError):
-        low, high = _extremes(units[0], order)
+        low, high = _extremes(units[0], order, scale)
         if units[1] < 0 and order == 1:
             low, high = -high, -low
-        size = times_up(*[_above(units[1])] * order)
+        size = times_up(*[scale] * order)
         inwards = size * (1 - 1e-11) if size > 1e-300 else 0.0
         found.append(
             (-times_up(-low, size) if low < 0 else low * inwards, times_up(high, size) if high > 0 else high * inwards)
         )
     with contextlib.suppress(ValueError):
-        found.append(_extremes(expr, order))
+        found.append(_extremes(expr, order, None))
     if not found:
-        return _extremes(expr, order)  # which says why
+        return _extremes(expr, order, None)  # which says why
     return max(low for low, _ in found), min(high for _, high in found)
 
 
-def _extremes(expr: Expr, order: int) -> tuple[float, float]:
-    size = steepest(expr) if order == 1 else most_bent(expr)
+def _extremes(expr: Expr, order: int, pace: float | None) -> tuple[float, float]:
+    size = steepest(expr, pace) if order == 1 else most_bent(expr, pace)
     power = X if order == 1 else Expr("mul", (const(0.5), Expr("power", (X,), 2.0)))
     line = Expr("mul", (const(size), power))
     with np.errstate(all="ignore"):
         low, high = _far_slopes(expr) if order == 1 else (-size, size)
     ends = (None, None) if order == 2 else ((size + high) * (1 + 1e-15), (size - low) * (1 + 1e-15))
     try:
-        high = _largest(Expr("add", (expr, line)), order, "derivative", ends[0]) - size
-        low = size - _largest(Expr("sub", (line, expr)), order, "derivative", ends[1])
+        high = _largest(Expr("add", (expr, line)), order, "derivative", pace, ends[0]) - size
+        low = size - _largest(Expr("sub", (line, expr)), order, "derivative", pace, ends[1])
     except ValueError:  # known only in size
         return -size, size
     slack = 4e-16 * size

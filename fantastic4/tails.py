@@ -167,7 +167,7 @@ def tail(expr: Expr, sign: float) -> Tail:
         value = _power_of(right.least, -1.0)
         square, cube = _power_of(right.least, -2.0), _power_of(right.least, -3.0)
         bend = _add(_mul(cube, right.slope, right.slope, _term(2.0)), _mul(square, right.bend))
-        least = (1 / abs(float(right.range.lo)) * (1 - 1e-12), 0.0) if right.slope == () and right.range.lo else _NONE
+        least = (1 / max(float(right.range.largest()), _TINY) * (1 - 1e-12), 0.0)  # 0 of what is not bounded
         return _tail_times(left, Tail(value, _mul(square, right.slope), bend, least, span))._replace(range=span)
     larger, smaller = (left, right) if expr.op == "max" else (right, left)
     if larger.range.lo >= smaller.range.hi:

@@ -1105,6 +1105,7 @@ JUMPS = {
     "argmax": (lambda x: nn.one_hot(jnp.argmax(x, 1), 3), "'argmax'", "Leave it out"),
     "step": (lambda x: (x > 0).astype(jnp.float32), "'convert_element_type'", "jump"),
     "jump": (lambda x: jnp.where(x > 1, x, 0), "'select_n'", "jumps at 1"),
+    "one jump for all": (lambda x: jnp.where(x[0, 0] > 1, jnp.ones(6), jnp.zeros(6))[1:], "'select_n'", "jumps at 1"),
     "choice by another entry": (lambda x: jnp.where(x > x[::-1], x, 0), "'gt'", "use jnp.maximum"),
     "choice by a vector": (lambda x: jnp.where(x > B, x, 0), "'gt'", "may jump"),
     "choice by a sum": (lambda x: jnp.where(x.sum(1, keepdims=True) > 0, x, 0), "", "jump"),
@@ -1228,6 +1229,12 @@ def test_errors_name_operation_and_remedy(name):
     with pytest.raises(lipschitz.UnboundedError, match=re.escape(remedy)) as caught:
         bound(fn, S)
     assert operation in str(caught.value)
+
+
+def test_one_comparison_that_chooses_for_all_entries():
+    same = lambda x: jnp.where(x[0, 0] > 1, jnp.ones(6), jnp.ones(6))[1:].reshape(5, 1)
+    assert bound(same, S) == 0
+    assert bound(lambda x: x + same(x).sum(), S) == 1
 
 
 def at_this_line(x):

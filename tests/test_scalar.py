@@ -84,6 +84,32 @@ def test_numbers_that_vanish_on_the_way():
     assert 1 <= steepest(op("mul", 1e170, op("mul", 1e170, slow))) < math.inf
 
 
+@pytest.mark.parametrize("level", [op("cos", op("mul", 0, X)), op("tanh", op("mul", 0, X))])
+def test_divisors_that_are_known_roughly_far_out(level):
+    """0 · ∞ may be anything: far out 2 + cos(0 x) is known to be 1 to 3, and divides by 3."""
+    for outer, steep, bent in ((op("tanh", X), 1.0, 0.7698), (op("logistic", X), 0.25, 0.09622)):
+        for divisor in (op("add", 2, level), op("sub", -2, level)):
+            f = substitute(outer, X, op("sub", op("div", X, divisor), 15))
+            number = 3 if level.op == "cos" else 2
+            assert steepest(f) >= steep / number
+            assert most_bent(f) >= bent / number**2
+            low, high = extremes(f, 1)
+            assert high >= steep / number if divisor.op == "add" else low <= -steep / number
+
+
+@pytest.mark.parametrize("inner", [X, op("tanh", X)])
+def test_jumps_are_seen_in_the_units_of_the_input(inner):
+    """Of x / 2³³, and of what is flat, 1e-12 is far."""
+    scale = 2.0**33
+    flat = substitute(inner, X, op("div", X, scale))
+    curve = op("tanh", flat)
+    rough = op("mul", scale, op("sub", op("add", curve, 1000), 1000))
+    shifted = op("add", op("mul", scale, curve), 5e-4)
+    with pytest.raises(ValueError, match=r"too roughly|not of affine"):
+        steepest(op("select", flat, 0, rough, shifted))
+    assert steepest(op("select", X, 0, op("expm1", X), X)) <= 1 + 1e-5  # what meets exactly needs no such care
+
+
 @pytest.mark.parametrize("name", KINKED)
 def test_functions_with_kinks_have_no_curvature(name):
     expression, slope = KINKED[name]

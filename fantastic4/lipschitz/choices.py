@@ -128,7 +128,8 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
                 exprs.append(const(number))
             else:
                 return _two_lines(by, cases, label) or walk.refuse(eqn, NOT_OF_ONE)
-        return scalar(by.of, _select(by, exprs[1], exprs[0]), label)
+        one, _ = aligned([by.of, by.of], shape)  # one comparison may choose for all
+        return scalar(one, _select(by, exprs[1], exprs[0]), label)
     if not is_constant(by):
         return walk.refuse(eqn, "chooses by the input: it may jump")
     number = uniform(by)
