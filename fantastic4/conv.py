@@ -126,6 +126,8 @@ class ConvSpec:
           >>> ConvSpec.from_layer(nn.Conv(8, (3, 3), strides=2, padding="VALID")).padding
           'VALID'
         """
+        if isinstance(layer, type):
+            raise ValueError(f"{layer.__name__} is a class: pass a layer, as {layer.__name__}(…)")
         name = type(layer).__name__
         if not all(hasattr(layer, a) for a in ("kernel_size", "strides", "padding", "kernel_dilation")):
             raise ValueError(

@@ -116,8 +116,11 @@ def key(value: Any) -> None:
 def _arrays(name: str, value: Any) -> None:
     """Refuse a tree with leaves that JAX cannot take."""
     for leaf in jax.tree.leaves(value):
-        if not hasattr(leaf, "dtype"):
-            known = {"spec": "a ConvSpec", "state": "what init, or the step before, returned"}
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):  # a Flax layer has a dtype too
+            known = {
+                "spec": "a ConvSpec (of a layer, ConvSpec.from_layer(layer))",
+                "state": "what init, or the step before, returned",
+            }
             wanted = known.get(name, "an array (or a tree of arrays): jnp.asarray makes one")
             kind = type(leaf).__name__
             came = kind if leaf is value else f"a {type(value).__name__} with {kind}"

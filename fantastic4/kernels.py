@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -128,6 +129,11 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
 
 
+def paths(params: Any) -> list[str]:
+    """The paths of all arrays in a tree, kernels or not."""
+    return ["/".join(words) for words, _ in _arrays(params)]
+
+
 def _without_kernel(params: Any) -> set[tuple[str, ...]]:
     """Paths of Equinox's modules whose ``weight`` is no kernel."""
 
@@ -141,6 +147,10 @@ def _without_kernel(params: Any) -> set[tuple[str, ...]]:
 
 def _matches(select: Select, path: str, leaf: Any) -> bool:
     if callable(select):
+        try:
+            inspect.signature(select).bind(path, leaf)
+        except TypeError:
+            raise ValueError(f"select must take two arguments, the path and the leaf: {select!r} does not") from None
         return bool(select(path, leaf))
     if not isinstance(select, str | Sequence):
         raise ValueError(f"select must be a glob, several, or a function of path and leaf, got {select!r}")
@@ -187,10 +197,11 @@ def _guess(words: tuple[str, ...], shapes: Shapes) -> Spec | None:
     if parent.startswith("ConvLocal"):
         raise ValueError(f"{path}: ConvLocal has a kernel for every pixel, whose norm is not known: select others")
     if _looks_stacked(shape, bias, torch_order=words[-1] == "weight"):
+        layer = "network.Dense()" if len(shape) == 3 else "fantastic4.ConvSpec()"
         raise ValueError(
             f"{path}: a kernel of shape {shape} beside a bias of shape {bias} looks like {shape[0]} layers, as nn.scan "
-            f"and vmap stack them: pass specs={{{path!r}: network.Stacked(network.Dense())}}, or Stacked(ConvSpec(…)), "
-            "or network.Dense(inputs=1) if it is one DenseGeneral"
+            f"and vmap stack them: pass specs={{{path!r}: network.Stacked({layer})}}, or network.Dense(inputs=1) if it "
+            "is one DenseGeneral"
         )
     # A convolution's bias has one axis: one of several is that of a matrix, or of many convolutions side by side.
     matrix = words[-1] == "kernel" and 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias
@@ -240,6 +251,8 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
       >>> [layer.path for layer in network.find(params)]
       ['conv/kernel']
     """
+    if specs is not None and not isinstance(specs, Mapping):
+        raise ValueError(f"specs must be a dict from paths or globs to specs, as {{'Conv_*/kernel': …}}, got {specs!r}")
     specs = dict(specs or {})
     layers, unused, seen = [], set(specs), []
     shapes = {words: tuple(leaf.shape) for words, leaf in _leaves(params)}

@@ -17,7 +17,9 @@ LOSSES = "losses"
 
 def _call(module: Any, layer: nn.Module, args: Any, kwargs: Any, update_stats: bool | None) -> Any:
     """Call ``layer`` as ``module`` says, whose scope holds the state."""
-    path = "/".join((*module.path, layer.name or type(layer).__name__))
+    path = "/".join((*module.path, getattr(layer, "name", None) or type(layer).__name__))
+    if type(layer).__module__.startswith("flax.nnx"):
+        raise ValueError(f"{path} is a layer of NNX: fantastic4.nnx.SpectralBound is for those")
     spec = spec_of(layer, path, (nn.Conv, nn.ConvTranspose, nn.ConvLocal), nn.Dense)
     how = Wrapping(spec, module.mode, module.maximum, module.method, module.points, module.iterations, module.warmup)
     if module.is_initializing():

@@ -81,6 +81,8 @@ class SpectralBound(nnx.Module):
         self.how = Wrapping(spec, mode, maximum, method, points, iterations, warmup)
         self.update_stats = update_stats
         self.use_running_average = False  # what train() and eval() set
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs must be an nnx.Rngs, as nnx.Rngs(0), got {type(rngs).__name__}")
         kernel = self._kernel()
         start = self.how.start(kernel, rngs.params())
         value, _ = self.how.estimate(kernel, start)

@@ -305,12 +305,12 @@ def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.nd
     Args:
       fn: logits of a batch.
       x: the batch.
-      labels: ``(batch,)``.
+      labels: ``(batch,)``, integers from 0 on.
       radii: of the predictions, from this module.
       epsilon: the distance, at least 0; a radius must exceed it.
 
     Raises:
-      ValueError: labels or radii of another shape, or a negative epsilon.
+      ValueError: labels or radii of another shape, labels that are no integers, or a negative epsilon.
 
     Example:
       >>> import jax.numpy as jnp
@@ -324,4 +324,6 @@ def certified_accuracy(fn: Logits, x: Array, labels: Array, radii: Array | np.nd
     for name, given in (("labels", labels), ("radii", radii)):
         if given.shape != predicted.shape:
             raise ValueError(f"{name} must have the shape {predicted.shape}, one for each example, got {given.shape}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, the classes, got {labels.dtype}")
     return float(jnp.mean((predicted == labels) & (radii > not_negative("epsilon", epsilon))))

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from fantastic4 import network
+from fantastic4 import kernels, network
 from fantastic4.clipping import clip_singular_values
 from fantastic4.devices import on_any_mesh, vary_as
 from fantastic4.entry import count, number, positive, sizes
@@ -271,10 +271,14 @@ def clip_spectrum(
         return exact or next(shape for glob, shape in shapes.items() if fnmatch.fnmatchcase(layer.path, glob))
 
     def find(params: Any) -> tuple[Layer, ...]:
-        layers = network.find(params, select=list(shapes), specs=specs)
+        there = kernels.paths(params)
+        meant = any(glob in there or fnmatch.filter(there, glob) for glob in shapes)  # or find speaks of a select
+        layers = network.find(params, select=list(shapes), specs=specs) if meant else ()
+        names = [layer.path for layer in layers]
         for glob in shapes:
-            if not any(layer.path == glob or fnmatch.fnmatchcase(layer.path, glob) for layer in layers):
-                raise ValueError(f"an input shape for {glob!r}, but no such kernel in this tree")
+            if glob not in names and not fnmatch.filter(names, glob):
+                has = kernels.some(there, glob)
+                raise ValueError(f"an input shape for {glob!r}, but no such kernel: this tree has {has}")
         for layer in layers:
             if layer.is_dense:
                 raise ValueError(f"{layer.path} is a matrix: clip_spectrum is for convolutions")

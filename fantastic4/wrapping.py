@@ -94,6 +94,8 @@ def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) 
     Raises:
       ValueError: another kind of layer, a subclass with a call or a param method of its own, or an injected operation.
     """
+    if isinstance(layer, type):
+        raise ValueError(f"{path}: {layer.__name__} is a class: wrap a layer, as {layer.__name__}(…)")
     name = type(layer).__name__
     kind: Any = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
     if kind is None:

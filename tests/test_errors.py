@@ -9,6 +9,7 @@ from flax import nnx
 
 import fantastic4 as f4
 from fantastic4 import jacobian, linen, lipschitz, network, robustness, transforms
+from fantastic4 import nnx as f4nnx
 
 K = np.ones((3, 3, 2, 4), np.float32)
 KEY = jax.random.key(0)
@@ -33,6 +34,16 @@ CASES = {
     "booleans": (lambda: f4.bound(K > 0), "real floating dtype, got bool"),
     "a list": (lambda: f4.four_bounds([[[1.0]]]), "kernel must be an array \\(or a tree of arrays\\): jnp.asarray makes one, got a list with float in four_bounds"),
     "unknown method": (lambda: f4.bound(K, method="five"), "unknown method 'five': choose one of four"),
+    "a layer for a spec": (lambda: f4.bound(K, nn.Conv(4, (3, 3))), r"spec must be a ConvSpec \(of a layer, ConvSpec.from_layer\(layer\)\), got Conv in bound"),
+    "the spec of a class": (lambda: f4.ConvSpec.from_layer(nn.Conv), r"Conv is a class: pass a layer, as Conv\(…\)"),
+    "a class in a wrapper": (lambda: linen.SpectralBound(nn.Dense).init(KEY, jnp.ones((1, 3))), r"Dense is a class: wrap a layer, as Dense\(…\)"),
+    "a layer of NNX in linen": (lambda: linen.SpectralBound(nnx.Linear(3, 3, rngs=nnx.Rngs(0))).init(KEY, jnp.ones((1, 3))), "Linear is a layer of NNX: fantastic4.nnx.SpectralBound is for those"),
+    "a key for rngs": (lambda: f4nnx.SpectralBound(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=KEY), r"rngs must be an nnx.Rngs, as nnx.Rngs\(0\), got PRNGKeyArray"),
+    "a method for no layer": (lambda: lipschitz.bound(lambda x: 2 * x, jnp.ones(3), method={"foo": "grid"}), "a method for 'foo', but no such layer: this function has none"),
+    "labels that are no classes": (lambda: robustness.certified_accuracy(lambda x: x, jnp.ones((2, 3)), jnp.ones(2), jnp.ones(2), 0.1), "labels must be integers, the classes, got float32"),
+    "one spec for all": (lambda: network.report({"kernel": K}, specs=f4.ConvSpec()), "specs must be a dict from paths or globs to specs"),
+    "select of the path alone": (lambda: network.report({"kernel": K}, select=lambda path: True), "select must take two arguments, the path and the leaf"),
+    "sizes for no kernel": (lambda: transforms.clip_spectrum(1.0, {"foo": (8, 8)}).init({"kernel": K}), "an input shape for 'foo', but no such kernel: this tree has kernel"),
     "no spec": (lambda: jacobian.materialise(K, (4, 4), None), r"spec must be a ConvSpec, got NoneType: for a layer, ConvSpec.from_layer"),
     "groups that do not fit": (lambda: f4.four_bounds(K, f4.ConvSpec(groups=3)), "groups 3 must divide the last axis of the kernel"),
     "strides of another rank": (lambda: f4.four_bounds(K, f4.ConvSpec(strides=(2, 2, 2))), r"strides \(2, 2, 2\) has 3 entries, the kernel .* has 2 spatial axes"),
@@ -59,7 +70,7 @@ CASES = {
     "negative warmup": (lambda: f4.init(K, key=jax.random.key(0), warmup=-1), "warmup must be at least 0, got -1"),
     "a fraction of an iteration": (lambda: f4.step(K, state(K), iterations=1.5), "iterations must be an int, got 1.5"),
     "no key": (lambda: f4.init(K, key=0), "key must be a key, as jax.random.key makes it, got int in init"),
-    "a padding as spec": (lambda: f4.four_bounds(K, "SAME"), "spec must be a ConvSpec, got str in four_bounds"),
+    "a padding as spec": (lambda: f4.four_bounds(K, "SAME"), r"spec must be a ConvSpec \(of a layer, ConvSpec.from_layer\(layer\)\), got str in four_bounds"),
     "swapped spec and state": (lambda: f4.step(K, CIRCULAR, state(K)), r"state must be a PowerState from fantastic4.init\(kernel, spec, key=…\), got ConvSpec"),
     "fractional size": (lambda: f4.exact_norm(K, (4.5, 4)), r"input_shape must be a tuple of ints, got \(4.5, 4\)"),
     "size as booleans": (lambda: jacobian.materialise(K, (True, 4)), r"input_shape must be a tuple of ints, got \(True, 4\)"),
@@ -79,7 +90,7 @@ CASES = {
     "an injected convolution of NNX": (lambda: f4.ConvSpec.from_layer(nnx.Conv(2, 3, (3,), conv_general_dilated=print, rngs=nnx.Rngs(0))), "its own conv_general_dilated"),
     "a convolution that computes something else": (lambda: f4.ConvSpec.from_layer(Tenfold(3, (3, 3))), "Tenfold has a call or a param method of its own"),
     "a convolution with another kernel": (lambda: f4.ConvSpec.from_layer(nn.Conv(3, (3, 3), promote_dtype=print)), "Conv has its own promote_dtype"),
-    "a dictionary as spec": (lambda: f4.bound(K, {"strides": 2}), "spec must be a ConvSpec, got a dict with int in bound"),
+    "a dictionary as spec": (lambda: f4.bound(K, {"strides": 2}), r"spec must be a ConvSpec \(of a layer, ConvSpec.from_layer\(layer\)\), got a dict with int in bound"),
     "a dictionary as state": (lambda: f4.step(K, {"vectors": 1}), "state must be what init, or the step before, returned, got a dict with int in step"),
     "objects": (lambda: f4.bound(K.astype(object)), "kernel has dtype object, which JAX does not know: cast it, .* in bound"),
     "extended precision": (lambda: f4.bound(K.astype(np.longdouble)), "kernel has dtype (longdouble|float128), which JAX does not know"),

@@ -1234,7 +1234,7 @@ def test_errors_name_operation_and_remedy(name):
 def test_one_comparison_that_chooses_for_all_entries():
     same = lambda x: jnp.where(x[0, 0] > 1, jnp.ones(6), jnp.ones(6))[1:].reshape(5, 1)
     assert bound(same, S) == 0
-    assert bound(lambda x: x + same(x).sum(), S) == 1
+    assert 1 <= bound(lambda x: x + same(x).sum(), S) <= 1 + 1e-5
 
 
 def at_this_line(x):

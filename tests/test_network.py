@@ -1,6 +1,7 @@
 """Whole params trees: kernels found, penalties, states, reports; trees of linen, NNX, Equinox and Haiku."""
 
 import functools
+import re
 
 import chex
 import equinox as eqx
@@ -162,8 +163,12 @@ def test_a_stack_without_a_spec_is_known_by_its_bias(layer, x):
     """As one layer its number would be smaller than the product of all."""
     many = nn.vmap(layer, {"params": 0}, {"params": True}, axis_size=3)
     model = many(4) if layer is nn.Dense else many(4, (3,))
-    with pytest.raises(ValueError, match=r"looks like 3 layers, as nn\.scan and vmap stack them"):
-        network.report(model.init(KEY, x)["params"])
+    params = model.init(KEY, x)["params"]
+    with pytest.raises(ValueError, match=r"looks like 3 layers, as nn\.scan and vmap stack them") as caught:
+        network.report(params)
+    proposed = re.search(r"pass specs=(\{.*?\}), or", str(caught.value)).group(1)
+    (found,) = network.find(params, specs=eval(proposed, {"network": network, "fantastic4": f4}))
+    assert found.spec == network.Stacked(network.Dense() if layer is nn.Dense else f4.ConvSpec())
 
 
 @pytest.mark.parametrize(

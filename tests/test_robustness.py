@@ -162,7 +162,7 @@ def attack(labels=(0, 1), epsilon=0.1, key=None):
             r"radii must have the shape \(2,\)",
         ),
         (
-            lambda: robustness.certified_accuracy(linear, jnp.ones((2, 2)), jnp.zeros(2), jnp.ones(2), -0.1),
+            lambda: robustness.certified_accuracy(linear, jnp.ones((2, 2)), jnp.zeros(2, int), jnp.ones(2), -0.1),
             "epsilon must not be negative",
         ),
         (lambda: robustness.curvature_radii(linear, jnp.ones((2, 2), int), 1.0), "floating"),

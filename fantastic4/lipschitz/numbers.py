@@ -131,9 +131,8 @@ class ByName(Numbers):
         """Refuse a glob that no layer fits."""
         for glob in self.methods:
             if glob != "*" and not fnmatch.filter(self._names, glob):
-                raise ValueError(
-                    f"a method for {glob!r}, but no such layer: they are {some(sorted(self._names), glob)}"
-                )
+                there = f"they are {some(sorted(self._names), glob)}" if self._names else "this function has none"
+                raise ValueError(f"a method for {glob!r}, but no such layer: {there}")
 
 
 def of_one_number(signal: Signal, find: Callable[[Expr], T], what: str, remedy: str) -> T:

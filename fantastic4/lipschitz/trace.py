@@ -321,11 +321,12 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
     try:
         closed = jax.make_jaxpr(lambda *flat: fn(jax.tree.unflatten(tree, flat)))(*abstract)
     except Exception as error:
-        if type(error).__name__ != "TraceContextError":  # of Flax, which need not be there
+        # Both of Flax, which need not be there.
+        if type(error).__name__ != "TraceContextError" and "different trace level" not in str(error):
             raise
         raise ValueError(
-            "an NNX module of this function changes its state when it is called, which a trace does not let it: call "
-            "model.eval() first, or bound lambda x: nnx.clone(model)(x)"
+            "an NNX module of this function changes its state when it is called, or runs nnx.scan or nnx.remat, which "
+            "a trace does not let it: bound lambda x: nnx.clone(model)(x), of a trained one after model.eval()"
         ) from error
     # One node for all leaves: their distances count together.
     sizes = [math.prod(leaf.shape) for leaf in leaves]
