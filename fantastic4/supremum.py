@@ -21,6 +21,7 @@ Everything is float64, whatever the kernel's dtype; the rounding is bounded in `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -34,12 +35,13 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from fantastic4 import symbol
+from fantastic4 import symbol, threads
 from fantastic4.devices import size, spread
 from fantastic4.linalg import HIGHEST, krylov_top
 from fantastic4.rounding import gamma
 
 _STEPS = 12  # of Lanczos
+_ONE_THREAD = 512  # rows of a matrix up to which it is decomposed by one
 
 
 class _Slack(NamedTuple):
@@ -219,8 +221,9 @@ class Enclosure:
         if test <= 0:
             return np.ones(len(points), bool)
         self.tests += len(points)
-        parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in self._batches(sizes, points)]
-        return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
+        with threads.one_each() if self.n <= _ONE_THREAD else contextlib.nullcontext():
+            parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in self._batches(sizes, points)]
+            return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
 
     def climb(self, sizes: tuple[int, ...], points: np.ndarray, rounds: int = 1) -> np.ndarray:
         """Raise ``best`` to the largest sound Rayleigh quotient of these grid points; returns them, one a point."""

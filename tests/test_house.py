@@ -20,7 +20,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"devices", "promotion", "msgpack", "checkpoints"},
+    {"devices", "promotion", "msgpack", "checkpoints", "threads"},
     {"rounding", "linalg", "expression", "tables"},
     {"entry"},
     {"conv", "dense", "symbol", "jets", "layout"},

@@ -1,7 +1,9 @@
 """Intervals: both ends sound, at every size and at one, against dense Jacobians and fine spectra in float64."""
 
+import importlib
 import itertools
 import math
+import sys
 
 import cases
 import jax
@@ -11,7 +13,7 @@ import oracle
 import pytest
 
 import fantastic4 as f4
-from fantastic4 import border, interval, linalg, symbol
+from fantastic4 import border, interval, linalg, symbol, threads
 from fantastic4.supremum import Enclosure, _slack
 
 LARGE = ["same", "crop", "reflect", "edge", "stride", "stride-circular-wrapping", "stride-three-reflect",
@@ -338,6 +340,31 @@ def test_refinement_keeps_the_whole_cell():
     assert sizes == (16, 16)
     expected = {min((a % 16, b % 16), (-a % 16, -b % 16)) for a in (5, 6, 7) for b in (1, 2, 3)}
     assert {tuple(p) for p in points.tolist()} == expected
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_lapack_has_one_thread_for_each_matrix(installed, monkeypatch):
+    """Two wait for one another wherever other programs take the processors: 25 s instead of 3."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    threads._controller.cache_clear()
+    with jax.enable_x64(True):
+        enclosure = Enclosure(jnp.ones((1, 3, 1, 2, 2)))
+    seen = []
+
+    def counted(*arguments):
+        seen.extend(lib["num_threads"] for lib in controller.info() if lib["user_api"] == "blas")
+        return symbol_below(*arguments)
+
+    controller = importlib.import_module("threadpoolctl").ThreadpoolController() if installed else None
+    symbol_below = enclosure.below
+    if installed:
+        monkeypatch.setattr(enclosure, "below", counted)
+    with jax.enable_x64(True):
+        beyond = enclosure.exceeding((4, 1), np.array([[0, 0], [2, 0]]), 9.0)  # λ = 36 and 4
+    assert list(beyond) == [True, False]
+    assert set(seen) == ({1} if installed else set())
+    threads._controller.cache_clear()
 
 
 def test_a_threshold_within_the_rounding_certifies_nothing():
