@@ -525,3 +525,48 @@ def test_pools_of_another_precision(x64):
     points = np.random.default_rng(1).standard_normal((20, 16))
     hessians = jax.vmap(jax.hessian(lambda v: fn(v.astype(jnp.float32).reshape(4, 4))))(points)
     assert np.abs(np.linalg.eigvalsh(hessians)).max() <= float(found.value)
+
+
+ODDS = np.log((1 + 3**-0.5) / (1 - 3**-0.5))
+SOFT = {
+    "logsumexp": (lambda z: jax.nn.logsumexp(z), 0.5),
+    "softmax": (lambda z: jax.nn.softmax(z)[0], 0.1924),
+    "log-softmax": (lambda z: jax.nn.log_softmax(z)[1], 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_softmax_and_its_kin_bend_as_far_as_is_known(name, x64):
+    """Furthest where two entries are far above all others."""
+    fn, reached = SOFT[name]
+    rng = np.random.default_rng(SEED)
+    hessian = jax.jit(jax.hessian(fn))
+    at = np.concatenate([rng.normal(size=(200, 4)) * 2, [[0, 0, -40, -40], [ODDS, 0, -40, -40]]])
+    seen = max(np.abs(np.linalg.eigvalsh(np.asarray(hessian(jnp.asarray(z))))).max() for z in at)
+    assert reached * 0.98 <= seen <= float(lipschitz.curvature(fn, jnp.ones(4)).value)
+    w, v = rng.normal(size=(3, 5)), rng.normal(size=(5, 4))
+    assert_sound(lambda x: fn(jnp.tanh(x @ w) @ v), (3,), rng)
+
+
+def test_softmax_and_its_kin_as_functions_of_several_entries(x64):
+    """The operator norm of the second derivative: that of softmax is √(2/27) at probabilities (1 ± 1/√3) / 2."""
+    z, u = jnp.array([ODDS, 0.0]), jnp.array([1.0, -1.0]) / np.sqrt(2)
+    for fn in (jax.nn.softmax, jax.nn.log_softmax):
+        bend = jax.jvp(lambda z: jax.jvp(fn, (z,), (u,))[1], (z if fn is jax.nn.softmax else 0 * z,), (u,))[1]
+        seen = float(jnp.linalg.norm(bend))
+        assert seen >= 0.999 * (np.sqrt(2 / 27) if fn is jax.nn.softmax else 0.5**0.5)
+        assert seen <= float(lipschitz.curvature(fn, z).value) * (1 + 1e-12)
+    assert float(lipschitz.curvature(jax.nn.logsumexp, z).value) <= 0.5 * (1 + 1e-5)
+
+
+def test_log_softmax_at_the_end_moves_no_margin():
+    rng = np.random.default_rng(SEED)
+    net, _, _ = two_layers(rng)
+    ended = lambda x: jax.nn.log_softmax(net(x))
+    x = jnp.ones((1, 6))
+    np.testing.assert_array_equal(lipschitz.margin_curvatures(ended, x), lipschitz.margin_curvatures(net, x))
+    np.testing.assert_array_equal(lipschitz.margins(ended, x), lipschitz.margins(net, x))
+    across = lambda x: jax.nn.log_softmax(x, axis=0)  # takes something else from each class
+    at = jnp.zeros((3, 2)).at[0].set(40.0)
+    jacobian = jax.jacrev(lambda x: across(x)[:, 0] - across(x)[:, 1])(at).reshape(3, 6)
+    assert np.linalg.norm(jacobian, 2) <= lipschitz.margins(across, at)[0, 1]

@@ -1672,11 +1672,21 @@ def test_equinox_and_haiku_modules():
 
 def test_nnx_modules_that_change_when_they_are_called():
     norm, x = nnx.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"call model\.eval\(\) first, or bound lambda x: nnx\.clone\(model\)\(x\)"):
+    with pytest.raises(
+        ValueError, match=r"bound lambda x: nnx\.clone\(model\)\(x\), of a trained one after model\.eval"
+    ):
         lipschitz.bound(norm, x)
     assert float(lipschitz.bound(lambda x: nnx.clone(norm)(x), x).value) == pytest.approx(1e5**0.5, rel=1e-4)
     norm.eval()
     assert float(lipschitz.bound(norm, x).value) == pytest.approx(1, rel=1e-4)
+
+    layers = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs))(nnx.Rngs(0).split(2))
+    chain = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    with pytest.raises(ValueError, match=r"runs nnx\.scan .* bound lambda x: nnx\.clone\(model\)\(x\)"):
+        lipschitz.bound(lambda x: chain(x, layers), x)
+    product = np.linalg.multi_dot(np.asarray(layers.kernel[...], np.float64))
+    found = float(lipschitz.bound(lambda x: chain(x, nnx.clone(layers)), x).value)
+    assert np.linalg.norm(product, 2) <= found <= 1.001 * np.linalg.norm(product, 2)
 
 
 class Block(nn.Module):

@@ -73,7 +73,9 @@ class Node:
 
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Any) -> Array:
         """Lipschitz constant of its derivative, from the constants (first and second) of its inputs."""
-        raise UnboundedError(f"{self.label} has no second derivative that is bounded: use smooth activations and means")
+        raise UnboundedError(
+            f"{self.label} has no second derivative that is known to be bounded: use smooth activations and means"
+        )
 
 
 @dataclasses.dataclass(eq=False)

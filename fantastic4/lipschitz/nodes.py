@@ -45,11 +45,13 @@ class Fixed(Node):
     Attributes:
       factor: the constant.
       linear: whether it is linear, up to a constant.
+      bend: the Lipschitz constant of its derivative, where it is not linear and that is known.
       apply: the linear map, where its coefficients are all 0 or positive.
     """
 
     factor: float | Array = 1.0
     linear: bool = False
+    bend: float | None = None
     apply: Callable[[Array], Array] | None = None
 
     def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
@@ -58,10 +60,14 @@ class Fixed(Node):
         return together if isinstance(self.factor, float) and self.factor == 1 else how.times(self.factor, together)
 
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
-        """As linear maps do; others have none that is known."""
-        if not self.linear:
+        """Factor times that of its inputs; of what is not linear, and bend times their constants squared."""
+        if not self.linear and self.bend is None:
             return super().curvature(given, how)
-        return how.times(self.factor, how.root_sum_squares([second for _, second in given]))
+        linear = how.times(self.factor, how.root_sum_squares([second for _, second in given]))
+        if self.linear or self.bend is None:
+            return linear
+        first = how.root_sum_squares([first for first, _ in given])
+        return how.sum([linear, how.times(self.bend, first, first)])
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +84,17 @@ class Scaled(Fixed):
 @dataclasses.dataclass(eq=False)
 class Reduced(Fixed):
     """A reduction over axes.
+
+    Attributes:
+      axes: which.
+    """
+
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class LogSoftmax(Fixed):
+    """Entries less the logarithm of the sum of their exponentials over axes.
 
     Attributes:
       axes: which.

@@ -13,7 +13,7 @@ from jax import Array
 
 from fantastic4.expression import Expr, X
 from fantastic4.lipschitz.graph import Label, Node, Signal, whole
-from fantastic4.lipschitz.nodes import Fixed, Reduced, Sum
+from fantastic4.lipschitz.nodes import Fixed, LogSoftmax, Reduced, Sum
 
 
 def spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
@@ -61,7 +61,11 @@ def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | 
 
 
 def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
-    """``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½."""
+    """``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½.
+
+    Its second derivative D = p ⊙ ((u - ū) ⊙ (v - v̄) - c), with means, and the covariance c of u and v, under p: of
+    unit vectors variances are at most ½, so |c| and Σ p |u - ū| |v - v̄| too, and ‖D‖₂ ≤ ‖D‖₁ / √2 ≤ 1 / √2 as ΣD = 0.
+    """
     if top.expr.op != "exp" or bottom.expr != X:
         return None
     exponent = dataclasses.replace(top, expr=top.expr.args[0])
@@ -69,7 +73,8 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     if axes is None or not spread_of(bottom, top.shape, axes):
         return None
     source, level = _without_level(exponent, axes)
-    return whole(Fixed(dataclasses.replace(label, operation="softmax"), top.shape, (source,), 0.5, unmoved=level))
+    name = dataclasses.replace(label, operation="softmax")
+    return whole(Fixed(name, top.shape, (source,), 0.5, bend=0.5**0.5 * (1 + 1e-15), unmoved=level))
 
 
 def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
@@ -82,7 +87,10 @@ def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
 
 
 def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """``z - log Σ exp(z)``: its Jacobian I - 1pᵀ is a projection, of the norm √n ‖p‖ ≤ √n."""
+    """``z - log Σ exp(z)``: its Jacobian I - 1pᵀ is a projection, of the norm √n ‖p‖ ≤ √n.
+
+    Each entry bends as `logsumexp` does.
+    """
     if b.expr not in _LOGS:
         return None
     axes = _sum_of_exponentials(b, a)
@@ -91,14 +99,18 @@ def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
     count = int(np.prod([a.shape[x] for x in axes]))
     source, level = _without_level(a, axes)
     name = dataclasses.replace(label, operation="log_softmax")
-    return whole(Fixed(name, a.shape, (source,), count**0.5, unmoved=level))
+    root = count**0.5 * (1 + 1e-15)
+    return whole(LogSoftmax(name, a.shape, (source,), root, bend=root / 2, axes=axes, unmoved=level))
 
 
 _LOGS = (Expr("log", (X,)), Expr("log", (Expr("abs", (X,)),)))
 
 
 def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """``log Σ exp(x - c) + c``: its gradient is a vector of probabilities, of length at most 1."""
+    """``log Σ exp(x - c) + c``: its gradient is a vector of probabilities p, of length at most 1.
+
+    Its Hessian is the covariance under p, of at most (largest - smallest)² / 4 ≤ ½ for unit vectors.
+    """
     for outer, level in ((a, b), (b, a)):
         if outer.expr not in _LOGS or not isinstance(outer.node, Reduced) or outer.index is not None:
             continue
@@ -118,7 +130,7 @@ def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
         same = taken.node is level.node and taken.expr == level.expr
         if same and np.array_equal(taken.places, np.broadcast_to(small, source.shape)):
             name = dataclasses.replace(label, operation="logsumexp")
-            return whole(Fixed(name, outer.shape, (source,), unmoved=(taken,)))
+            return whole(Fixed(name, outer.shape, (source,), bend=0.5, unmoved=(taken,)))
     return None
 
 
