@@ -47,7 +47,7 @@ def main() -> None:
     help="TOML: for paths or globs, what the layers are: see docs/audit.md.",
 )
 @click.option("--rtol", default=1e-3, show_default=True, help="Wanted width: upper / lower - 1.")
-@click.option("--max-norm", type=float, help="Exit with 1 unless every norm is proved to be at most this.")
+@click.option("--max-norm", type=float, help="Exit with 1 unless all is proved to be at most this.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -90,9 +90,15 @@ def audit(
         interrupted = True
     where = f"{params.path}" + (f", {'/'.join(params.at)}" if params.at else "")
     _print(where, rows, rtol, max_norm)
-    if passed_over:
-        names = ", ".join(f"{path} ({'×'.join(map(str, shape))})" for path, shape in passed_over)
-        click.echo(f"Left out, no kernels by their names: {names}")
+    unsaid = [task for task in tasks if task.spec == ConvSpec() and math.prod(task.kernel.shape[:-2]) > 1]
+    if unsaid:
+        click.echo(
+            "Convolutions without a spec: at most, for all strides, dilations, groups, zero and circular padding, and\n"
+            "transposed; at least, for stride 1. REFLECT and EDGE padding add to the norm: say so by --specs."
+        )
+    left = ", ".join(f"{path} ({'×'.join(map(str, shape))})" for path, shape in passed_over)
+    if left:
+        click.echo(f"Left out, no kernels by their names: {left}")
     if interrupted:
         kept = f"; the same command goes on from {out}" if out else "; with --out the next run goes on from here"
         click.echo(f"Interrupted: {len(rows)} of {len(tasks)} layers{kept}", err=True)
@@ -101,7 +107,9 @@ def audit(
         beyond = [task.name for task, found in rows if not found.upper <= max_norm]
         if beyond:
             click.echo(f"Not proved to be at most {max_norm:g}: {', '.join(beyond)}", err=True)
-            sys.exit(1)
+        if left:
+            click.echo("Nothing is known of what was left out: say what it is by --specs, or --select others", err=True)
+        sys.exit(1 if beyond or left else 0)
 
 
 @contextmanager

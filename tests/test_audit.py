@@ -93,6 +93,7 @@ def test_what_others_write_is_read(kind, tmp_path):
         assert found[name]["lower"] * (1 - 1e-4) < least <= found[name]["lower"]
         assert found[name]["upper"] <= most < found[name]["upper"] * (1 + 1e-4)
     assert found["Dense_0/kernel"]["lower"] <= NORMS["Dense_0/kernel"]
+    assert "REFLECT and EDGE padding add to the norm: say so by --specs" in printed
     assert re.search(r"Left out, no kernels by their names: table \(7×3\)", printed)
     assert f"{tmp_path / 'checkpoint'}"[:20] in printed.replace("\n", "")
 
@@ -166,7 +167,8 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
 def test_a_limit_decides_the_exit_status(tmp_path):
     path = write_npz(tmp_path / "checkpoint")
     norm = NORMS["Dense_0/kernel"]
-    run(path, "--max-norm", 1e3)
+    assert "Nothing is known of what was left out" in run(path, "--max-norm", 1e3, code=1)
+    run(path, "--max-norm", 1e3, "--select", "*kernel")
     assert "Not proved to be at most" in run(path, "--max-norm", norm, "--select", "Dense_*", code=1)
     run(path, "--max-norm", 1.002 * norm, "--select", "Dense_*")
     np.savez(path, **{"a/kernel": np.array([[np.nan]]), "b/kernel": np.eye(2)})
