@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 
+class _Limit:
+    """One thread for each call while anyone is inside: the number is the whole process's, and callers may overlap."""
+
+    def __init__(self, controller: Any):
+        self.controller, self.limiter = controller, None
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.limiter = self.controller.limit(limits=1, user_api="blas")
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.limiter is not None:
+                self.limiter.restore_original_limits()
+
+
 @functools.cache
-def _controller() -> Any:
-    """Of the libraries that are loaded now; None without `threadpoolctl`, an extra."""
+def _limit() -> contextlib.AbstractContextManager[None]:
+    """Of the libraries that are loaded now; none without `threadpoolctl`, an extra."""
     try:
         import threadpoolctl
     except ImportError:
-        return None
+        return contextlib.nullcontext()
     import scipy.linalg  # noqa: F401  (its LAPACK is jaxlib's, which loads it when it first needs it)
 
-    return threadpoolctl.ThreadpoolController()
+    return _Limit(threadpoolctl.ThreadpoolController())
 
 
 @contextlib.contextmanager
@@ -27,6 +48,5 @@ def one_each() -> Iterator[None]:
     Two are no faster up to some hundred rows; where other programs take the processors they wait for one another at
     every step, ten times as long as the work takes. Without `threadpoolctl` nothing is changed.
     """
-    controller = _controller()
-    with contextlib.nullcontext() if controller is None else controller.limit(limits=1, user_api="blas"):
+    with _limit():
         yield

@@ -347,7 +347,7 @@ def test_lapack_has_one_thread_for_each_matrix(installed, monkeypatch):
     """Two wait for one another wherever other programs take the processors: 25 s instead of 3."""
     if not installed:
         monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    threads._controller.cache_clear()
+    threads._limit.cache_clear()
     with jax.enable_x64(True):
         enclosure = Enclosure(jnp.ones((1, 3, 1, 2, 2)))
     seen = []
@@ -364,7 +364,20 @@ def test_lapack_has_one_thread_for_each_matrix(installed, monkeypatch):
         beyond = enclosure.exceeding((4, 1), np.array([[0, 0], [2, 0]]), 9.0)  # λ = 36 and 4
     assert list(beyond) == [True, False]
     assert set(seen) == ({1} if installed else set())
-    threads._controller.cache_clear()
+    threads._limit.cache_clear()
+
+
+def test_overlapping_callers_leave_the_threads_as_they_were():
+    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
+    count = lambda: {lib["num_threads"] for lib in controller.info() if lib["user_api"] == "blas"}
+    with controller.limit(limits=2, user_api="blas"):
+        first, second = threads.one_each(), threads.one_each()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert count() == {1}
+        second.__exit__(None, None, None)
+        assert count() == {2}
 
 
 def test_a_threshold_within_the_rounding_certifies_nothing():
