@@ -25,7 +25,7 @@ from fantastic4.spectrum import CIRCULAR, singular_values
 from fantastic4.symbol import Grid, phases, symbols
 
 
-@entry(input_shape=sizes, maximum=positive, crop=flag)
+@entry(lapack=True, input_shape=sizes, maximum=positive, crop=flag)
 def clip_singular_values(
     kernel: Array,
     input_shape: tuple[int, ...],

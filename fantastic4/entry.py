@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from fantastic4.devices import on_any_mesh
 from fantastic4.linalg import check_dtype
 from fantastic4.promotion import usual_promotion
+from fantastic4.threads import one_for_each_matrix
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -128,10 +129,13 @@ def _arrays(name: str, value: Any) -> None:
         check_dtype(name, leaf)
 
 
-def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def entry(
+    *, compiled: bool = True, lapack: bool = False, **static: Callable[[str, Any], Any]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compile a public function with ``jax.jit`` and check what it is given, in words, before JAX does.
 
-    With ``compiled=False`` it is only checked: for a function that is made of several compiled ones.
+    With ``compiled=False`` it is only checked: for a function that is made of several compiled ones. With ``lapack`` it
+    decomposes a batch of matrices that its first argument, a kernel, makes.
 
     Every keyword names a static argument, or a dynamic `number` or `positive` one, and the converter that checks it.
     All other arguments must be arrays, trees of arrays, or static objects such as a `ConvSpec`.
@@ -144,6 +148,8 @@ def entry(*, compiled: bool = True, **static: Callable[[str, Any], Any]) -> Call
         signature = inspect.signature(function)
         names = tuple(n for n, c in static.items() if c not in (number, positive))
         call = usual_promotion(on_any_mesh(jax.jit(function, static_argnames=names) if compiled else function))
+
+        call = one_for_each_matrix(call) if lapack else call
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:

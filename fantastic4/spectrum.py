@@ -205,7 +205,7 @@ def _differentiable(kernels: Array, found: _Largest, frequency: Array, sizes: tu
     return jnp.sum(with_pairs(value, kernels.reshape(batch, -1, c_in, c_out), inputs * chosen, spread))
 
 
-@entry(input_shape=sizes, mesh=one_mesh)
+@entry(lapack=True, input_shape=sizes, mesh=one_mesh)
 def singular_values(
     kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR, *, mesh: Mesh | None = None
 ) -> Array:
@@ -248,7 +248,7 @@ def singular_values(
     return jnp.pad(-jnp.sort(-values), (0, total - values.size)) * scale
 
 
-@entry(compiled=False, input_shape=sizes)
+@entry(compiled=False, lapack=True, input_shape=sizes)
 def exact_norm(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> Array:
     """The largest of `singular_values`, without sorting or keeping the others.
 
@@ -300,7 +300,7 @@ class SymbolVectors(NamedTuple):
     right: Array
 
 
-@entry(input_shape=sizes)
+@entry(lapack=True, input_shape=sizes)
 def singular_vectors(kernel: Array, input_shape: tuple[int, ...], spec: ConvSpec = CIRCULAR) -> SymbolVectors:
     """The singular value decompositions of a circular layer's symbol, half of the grid.
 

@@ -41,7 +41,6 @@ from fantastic4.linalg import HIGHEST, krylov_top
 from fantastic4.rounding import gamma
 
 _STEPS = 12  # of Lanczos
-_ONE_THREAD = 512  # rows of a matrix up to which it is decomposed by one
 
 
 class _Slack(NamedTuple):
@@ -221,7 +220,7 @@ class Enclosure:
         if test <= 0:
             return np.ones(len(points), bool)
         self.tests += len(points)
-        with threads.one_each() if self.n <= _ONE_THREAD else contextlib.nullcontext():
+        with threads.one_each() if self.n <= threads.SMALL else contextlib.nullcontext():
             parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in self._batches(sizes, points)]
             return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
 

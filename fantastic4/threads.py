@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Limit:
@@ -41,6 +47,10 @@ def _limit() -> contextlib.AbstractContextManager[None]:
     return _Limit(threadpoolctl.ThreadpoolController())
 
 
+SMALL = 512
+"""Rows of a matrix up to which one thread is as fast as several."""
+
+
 @contextlib.contextmanager
 def one_each() -> Iterator[None]:
     """One thread for each matrix within.
@@ -50,3 +60,18 @@ def one_each() -> Iterator[None]:
     """
     with _limit():
         yield
+
+
+def one_for_each_matrix(function: Callable[P, R]) -> Callable[P, R]:
+    """`one_each` around a function of a kernel, where it is called on numbers on a CPU: inside jit nothing changes."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        kernel: Any = args[0]
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        if traced or jax.default_backend() != "cpu" or min(np.shape(kernel)[-2:], default=0) > SMALL:
+            return function(*args, **kwargs)
+        with one_each():
+            return jax.block_until_ready(function(*args, **kwargs))
+
+    return call

@@ -1,5 +1,7 @@
 """The circular spectrum beyond the table: large grids, chunks, derivatives."""
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import oracle
 import pytest
 
 import fantastic4 as f4
-from fantastic4 import spectrum, symbol
+from fantastic4 import spectrum, symbol, threads
 from fantastic4.linalg import map_rows
 
 KERNEL = np.random.default_rng(0).standard_normal((3, 2, 3, 4)).astype(np.float32)
@@ -192,3 +194,30 @@ def test_no_batch_of_lapack_runs_beside_another():
     once = norms[0].count("= cholesky")  # 8 x 8 fit into one chunk
     assert once > 0
     assert norms[1].count("= cholesky") == once
+
+
+@pytest.mark.parametrize("function", ["singular_values", "exact_norm", "singular_vectors", "clip_singular_values"])
+def test_numbers_are_decomposed_by_one_thread_each(function, monkeypatch):
+    """And what is traced, or has large matrices, as the user has set it."""
+    entered = []
+
+    @contextlib.contextmanager
+    def counted():
+        entered.append(True)
+        yield
+
+    monkeypatch.setattr(threads, "one_each", counted)
+    call = getattr(f4, function)
+    options = {"maximum": 1.0} if function == "clip_singular_values" else {}
+    kernel = jax.random.normal(jax.random.key(0), (2, 2, 3))
+    result = jax.tree.leaves(call(kernel, (4,), **options))
+    assert entered == [True]
+    inside = jax.tree.leaves(jax.jit(lambda k: call(k, (4,), **options))(kernel))
+    constant = jax.tree.leaves(jax.jit(lambda x: jax.tree.map(lambda y: y + x, call(kernel, (4,), **options)))(0.0))
+    for one, other, third in zip(result, inside, constant, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(one, third, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(threads, "SMALL", 1)
+    entered.clear()
+    call(kernel, (4,), **options)
+    assert not entered
