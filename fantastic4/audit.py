@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from fantastic4.conv import ConvSpec
 from fantastic4.entry import sizes
 from fantastic4.interval import Interval, norm_interval
-from fantastic4.kernels import Layer, Select, Spec, find, leaves_at, some
+from fantastic4.kernels import Layer, idle, leaves_at, meant, some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,47 +61,42 @@ class Task:
 
 def tasks(
     params: Any,
+    layers: Sequence[Layer],
     *,
-    select: Select | None = None,
-    specs: Mapping[str, Spec] | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     rtol: float = 1e-3,
 ) -> list[Task]:
-    """A task for each kernel of a params tree.
+    """A task for each of the layers of a params tree.
 
     Args:
       params: any pytree of arrays.
-      select: see `fantastic4.network.find`.
-      specs: likewise.
+      layers: from `fantastic4.network.find`.
       input_shapes: for paths or globs, the spatial size of the layer's input: the norm is that of the layer there.
       rtol: see `fantastic4.norm_interval`.
 
     Returns:
-      The tasks, in the order of the tree.
+      The tasks, in the order of the layers.
 
     Raises:
-      ValueError: what `fantastic4.network.find` refuses, or an input shape for a path that does not exist.
+      ValueError: layers of another tree, or an input shape for a path that does not exist.
 
     Example:
       >>> import numpy as np
-      >>> from fantastic4 import audit
-      >>> [task] = audit.tasks({"conv": {"kernel": np.ones((3, 3, 1, 1))}})
+      >>> from fantastic4 import audit, network
+      >>> params = {"conv": {"kernel": np.ones((3, 3, 1, 1))}}
+      >>> [task] = audit.tasks(params, network.find(params))
       >>> print(task.name, round(task.run().upper, 6))
       conv/kernel 9.0
     """
-    layers = find(params, select=select, specs=specs)
     shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in (input_shapes or {}).items()}
     names = [layer.path for layer in layers if not layer.is_dense]
-    for glob in shapes:
-        if not fnmatch.filter(names, glob):
-            raise ValueError(f"an input shape for {glob!r}, but no such path: the convolutions are {some(names, glob)}")
+    wrong = idle(shapes, names)
+    if wrong is not None:
+        raise ValueError(f"an input shape for {wrong!r}, but no such path: the convolutions are {some(names, wrong)}")
     leaves = leaves_at(params, layers)
     found = []
     for layer in layers:
-        size = shapes.get(layer.path) or next(
-            (s for g, s in shapes.items() if fnmatch.fnmatchcase(layer.path, g)), None
-        )
-        size = None if layer.is_dense else size
+        size = None if layer.is_dense else meant(shapes, layer.path)
         for name, kernel in zip(layer.names, _kernels(layer, leaves[layer.path]), strict=True):
             found.append(Task(name, kernel, layer.conv, layer.is_dense, size, rtol))
     return found

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 _PARAMS = ("params", "model")  # what a checkpoint of a whole training run calls them, first choice first
-_NOT_PARAMS = ("opt_state", "optimizer")  # have leaves of the same names: moments
+_CONVERSIONS = {
+    (
+        ".pt",
+        ".pth",
+        ".bin",
+        ".ckpt",
+    ): "; save its state_dict() by safetensors.torch.save_file",
+    (".h5", ".hdf5", ".keras"): "; save it by numpy.savez, a kernel a name",
+}
+_NOT_PARAMS = {"opt_state", "optimizer"}  # have leaves of the same names: moments
 
 
 class Params(NamedTuple):
@@ -50,16 +60,8 @@ def read(path: str | Path, at: str | None = None) -> Params:
     if path.is_dir():
         return _orbax(_item(path), at)
     if path.suffix not in _READERS:
-        fix = {
-            ".pt": "save it again by safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-            ".h5": "save it again by numpy.savez, a kernel a name",
-        }
-        fix[".pth"] = fix[".bin"] = fix[".ckpt"] = fix[".pt"]
-        fix[".hdf5"] = fix[".keras"] = fix[".h5"]
-        raise ValueError(
-            f"{path.name} is no checkpoint of a known kind: a folder of Orbax, {', '.join(_READERS)}"
-            + (f"; {fix[path.suffix]}" if path.suffix in fix else "")
-        )
+        fix = next((fix for suffixes, fix in _CONVERSIONS.items() if path.suffix in suffixes), "")
+        raise ValueError(f"{path.name} is no checkpoint of a known kind: a folder of Orbax, {', '.join(_READERS)}{fix}")
     whole = _READERS[path.suffix](path)
     keys = _where(whole, at)
     return Params(_bare(_follow(whole, keys)), keys, path)
@@ -96,7 +98,7 @@ def _orbax(folder: Path, at: str | None) -> Params:
     wanted = _follow(whole, keys)
     for key in reversed(keys):
         wanted = {key: wanted}
-    arrays = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     restored = handler.restore(
         folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=arrays, partial_restore=True)
     )
@@ -163,11 +165,19 @@ def _where(tree: Any, at: str | None) -> tuple[str, ...]:
             return found[0]
         if found:
             raise ValueError(f"several trees of params: choose by --at one of {', '.join(map('/'.join, found))}")
-    if any(name in _NOT_PARAMS for name in [*tree, *(b for _, b in below)]):
+    if _NOT_PARAMS & set(_keys(tree)):
         raise ValueError(
             f"nothing in this checkpoint is called {' or '.join(_PARAMS)}: choose by --at one of {', '.join(tree)}"
         )
     return ()
+
+
+def _keys(tree: Any) -> Iterator[str]:
+    """All keys, at any depth."""
+    if isinstance(tree, Mapping):
+        yield from tree
+    for inner in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ():
+        yield from _keys(inner)
 
 
 def _follow(tree: Any, keys: tuple[str, ...]) -> Any:
@@ -177,14 +187,6 @@ def _follow(tree: Any, keys: tuple[str, ...]) -> Any:
             raise ValueError(f"no {'/'.join(keys[: i + 1])} in this checkpoint: {there}")
         tree = tree[key]
     return tree
-
-
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_map(function, value) for value in tree]
-    return function(tree)
 
 
 def _bare(tree: Any) -> Any:

@@ -25,6 +25,7 @@ from fantastic4 import checkpoints
 from fantastic4.conv import ConvSpec
 from fantastic4.interval import Interval
 from fantastic4.kernels import Dense, Spec, Stacked, find, left_out
+from fantastic4.rounding import times_up
 from fantastic4.tables import at_least, at_most
 
 _CONV = {field.name for field in dataclasses.fields(ConvSpec)}
@@ -71,8 +72,9 @@ def audit(
         params = checkpoints.read(checkpoint, at)
         given, input_shapes = _specs(specs) if specs else ({}, {})
         chosen = list(select) or None
-        tasks = audits.tasks(params.tree, select=chosen, specs=given, input_shapes=input_shapes, rtol=rtol)
-        passed_over = left_out(params.tree, find(params.tree, select=chosen, specs=given), chosen)
+        layers = find(params.tree, select=chosen, specs=given)
+        tasks = audits.tasks(params.tree, layers, input_shapes=input_shapes, rtol=rtol)
+        passed_over = left_out(params.tree, layers, chosen)
     done = _kept(out)
     rows: list[tuple[audits.Task, Interval]] = []
     interrupted = False
@@ -94,7 +96,7 @@ def audit(
     if unsaid:
         click.echo(
             "Convolutions without a spec: at most, for all strides, dilations, groups, zero and circular padding, and\n"
-            "transposed; at least, for stride 1. REFLECT and EDGE padding add to the norm: say so by --specs."
+            "transposed; at least, for stride 1, one group, large inputs. REFLECT and EDGE padding add to it: --specs."
         )
     left = ", ".join(f"{path} ({'×'.join(map(str, shape))})" for path, shape in passed_over)
     if left:
@@ -205,9 +207,8 @@ def _print(where: str, rows: Sequence[tuple[audits.Task, Interval]], rtol: float
         table.add_row(
             task.name, shape, at_least(found.lower, digits), at_most(found.upper, digits) + marks, style=style
         )
-    product = math.prod(found.upper for _, found in rows) * (1 + 2.0**-52 * len(rows))
     table.add_section()
-    table.add_row("product", "", "", at_most(product))
+    table.add_row("product", "", "", at_most(times_up(*(found.upper for _, found in rows))))
     console = Console()
     console.print(table)
     if not all(found.reached for _, found in rows):

@@ -12,7 +12,7 @@ import fnmatch
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array
 
 from fantastic4.conv import ConvSpec, geometry
 
+T = TypeVar("T")
 Select = str | Sequence[str] | Callable[[str, Any], bool]
 
 _NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
@@ -132,6 +133,17 @@ def _is_real(dtype: Any) -> bool:
 def paths(params: Any) -> list[str]:
     """The paths of all arrays in a tree, kernels or not."""
     return ["/".join(words) for words, _ in _arrays(params)]
+
+
+def meant(given: Mapping[str, T], path: str) -> T | None:
+    """What is given for a path, or for the first glob that fits it."""
+    glob = next((glob for glob in given if fnmatch.fnmatchcase(path, glob)), path)
+    return given.get(path, given.get(glob))
+
+
+def idle(given: Mapping[str, Any], paths: Sequence[str]) -> str | None:
+    """The first path or glob that fits none of ``paths``."""
+    return next((glob for glob in given if glob not in paths and not fnmatch.filter(paths, glob)), None)
 
 
 def _without_kernel(params: Any) -> set[tuple[str, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from fantastic4.entry import choice
 from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at, left_out
 from fantastic4.linalg import each
 from fantastic4.promotion import usual_promotion
+from fantastic4.rounding import times_up
 from fantastic4.tables import at_most, columns
 
 
@@ -88,7 +88,7 @@ class Report:
     @property
     def product(self) -> float:
         """Product of the bounds: for layers in sequence with 1-Lipschitz functions between, a Lipschitz bound."""
-        return math.prod(row.bound for row in self.rows) * (1 + 2.0**-52 * len(self.rows))
+        return times_up(*(row.bound for row in self.rows))
 
     def __str__(self) -> str:
         table = [("layer", "shape", "norm at most")]

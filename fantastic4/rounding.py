@@ -8,6 +8,8 @@ floats at 1; a sum of products of length n, added in *any* order, fused or not, 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +94,19 @@ def subnormal_norm(x: Array) -> Array:
     subnormal = (bits != 0) & (bits < (jnp.asarray(2, word) << info.nmant))
     size = constant_up(float(info.tiny) * 1.01 * x.size**0.5, x.dtype)
     return jnp.where(jnp.any(subnormal), size, jnp.zeros((), x.dtype))
+
+
+TINY = 2.3e-308
+"""What vanishes in Python's floats is taken for this number, which does not."""
+
+
+def times_up(*factors: float) -> float:
+    """A product of numbers that are not negative, a little up: only of zeros it is zero, and of what is none none."""
+    if any(map(math.isnan, factors)):
+        return math.nan
+    if 0 in factors:
+        return 0.0
+    product = 1.0
+    for factor in factors:  # one after the other: what has vanished may grow again
+        product = max(product * factor * (1 + 1e-13), TINY)
+    return product

@@ -19,7 +19,8 @@ import numpy as np
 
 from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layers, parts, selections
 from fantastic4.jets import Interval, jet
-from fantastic4.tails import BORDER, integral, sup, tail, times_up
+from fantastic4.rounding import times_up
+from fantastic4.tails import BORDER, integral, sup, tail
 
 __all__ = ["Expr", "X", "climb", "const", "extremes", "inner_kinks", "most_bent", "steepest"]
 

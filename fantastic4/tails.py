@@ -13,6 +13,7 @@ import numpy as np
 
 from fantastic4.expression import UNARY, Expr
 from fantastic4.jets import Interval, jet
+from fantastic4.rounding import TINY, times_up
 
 BORDER = 40.0
 """B: beyond it exponentials are below 1e-17."""
@@ -39,17 +40,6 @@ class Tail(NamedTuple):
 
 
 _NONE = (0.0, 0.0)
-_TINY = 2.3e-308  # what vanishes is taken for a number that does not
-
-
-def times_up(*factors: float) -> float:
-    """A product of numbers that are not negative, a little up: only of zeros it is zero."""
-    if 0 in factors:
-        return 0.0
-    product = 1.0
-    for factor in factors:  # one after the other: what has vanished may grow again
-        product = max(product * factor * (1 + 1e-13), _TINY)
-    return product
 
 
 def _collected(terms: Iterable[tuple[float, float, float]]) -> Terms:
@@ -82,7 +72,7 @@ def _term(factor: float, power: float = 0.0, rate: float = 0.0) -> Terms | None:
 
 def _power_of(p: tuple[float, float], exponent: float) -> Terms | None:
     """An envelope of |p|^exponent, for an exponent below 0, from |p| ≥ m tᵏ."""
-    return _term(max(p[0] ** exponent, _TINY), p[1] * exponent) if p[0] > 0 else None
+    return _term(max(p[0] ** exponent, TINY), p[1] * exponent) if p[0] > 0 else None
 
 
 def _rate(least: tuple[float, float], times: int = 1) -> float:
@@ -167,7 +157,7 @@ def tail(expr: Expr, sign: float) -> Tail:
         value = _power_of(right.least, -1.0)
         square, cube = _power_of(right.least, -2.0), _power_of(right.least, -3.0)
         bend = _add(_mul(cube, right.slope, right.slope, _term(2.0)), _mul(square, right.bend))
-        least = (1 / max(float(right.range.largest()), _TINY) * (1 - 1e-12), 0.0)  # 0 of what is not bounded
+        least = (1 / max(float(right.range.largest()), TINY) * (1 - 1e-12), 0.0)  # 0 of what is not bounded
         return _tail_times(left, Tail(value, _mul(square, right.slope), bend, least, span))._replace(range=span)
     larger, smaller = (left, right) if expr.op == "max" else (right, left)
     if larger.range.lo >= smaller.range.hi:
@@ -215,7 +205,7 @@ def sup(terms: Terms | None) -> float:
             total += times_up(c, BORDER**n, 1 + 1e-9 * (n != 0))
         else:
             t = max(BORDER, n / a)
-            total += times_up(c, max(math.exp(n * math.log(t) - a * t), _TINY), 1 + 1e-9)
+            total += times_up(c, max(math.exp(n * math.log(t) - a * t), TINY), 1 + 1e-9)
     return total * (1 + 1e-12)
 
 
@@ -231,5 +221,5 @@ def integral(terms: Terms | None) -> float:
             continue
         if falls <= 0:
             return math.inf
-        total += times_up(factor, BORDER**power, max(math.exp(-rate * BORDER), _TINY), 1 / falls)
+        total += times_up(factor, BORDER**power, max(math.exp(-rate * BORDER), TINY), 1 / falls)
     return total

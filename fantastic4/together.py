@@ -11,8 +11,9 @@ import numpy as np
 
 from fantastic4.expression import Expr
 from fantastic4.jets import Interval, jet
+from fantastic4.rounding import times_up
 from fantastic4.scalar import climb, inner_kinks, steepest
-from fantastic4.tails import sup, tail, times_up
+from fantastic4.tails import sup, tail
 
 
 def _wave(expr: Expr) -> tuple[str, Expr, float] | None:

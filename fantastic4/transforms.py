@@ -9,7 +9,6 @@ in a chain, for they must know what will be applied.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -267,18 +266,18 @@ def clip_spectrum(
     shapes = {glob: sizes(f"the input shape of {glob!r}", shape) for glob, shape in input_shapes.items()}
 
     def shape_of(layer: Layer) -> tuple[int, ...]:
-        exact = shapes.get(layer.path)
-        return exact or next(shape for glob, shape in shapes.items() if fnmatch.fnmatchcase(layer.path, glob))
+        shape = kernels.meant(shapes, layer.path)
+        assert shape is not None  # only such layers are found
+        return shape
 
     def find(params: Any) -> tuple[Layer, ...]:
         there = kernels.paths(params)
-        meant = any(glob in there or fnmatch.filter(there, glob) for glob in shapes)  # or find speaks of a select
-        layers = network.find(params, select=list(shapes), specs=specs) if meant else ()
-        names = [layer.path for layer in layers]
-        for glob in shapes:
-            if glob not in names and not fnmatch.filter(names, glob):
-                has = kernels.some(there, glob)
-                raise ValueError(f"an input shape for {glob!r}, but no such kernel: this tree has {has}")
+        nowhere = all(kernels.idle({glob: ()}, there) for glob in shapes)  # or find speaks of a select
+        layers = () if nowhere else network.find(params, select=list(shapes), specs=specs)
+        wrong = kernels.idle(shapes, [layer.path for layer in layers])
+        if wrong is not None:
+            has = kernels.some(there, wrong)
+            raise ValueError(f"an input shape for {wrong!r}, but no such kernel: this tree has {has}")
         for layer in layers:
             if layer.is_dense:
                 raise ValueError(f"{layer.path} is a matrix: clip_spectrum is for convolutions")

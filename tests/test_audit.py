@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
-from fantastic4 import audit, checkpoints
+from fantastic4 import audit, checkpoints, network
 from fantastic4.cli import main
 
 RNG = np.random.default_rng(5)
@@ -42,6 +43,10 @@ def run(*arguments, code=0):
 
 def rows(path):
     return {row["layer"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def tasks_of(params, **options):
+    return audit.tasks(params, network.find(params), **options)
 
 
 def train_state():
@@ -93,9 +98,9 @@ def test_what_others_write_is_read(kind, tmp_path):
         assert found[name]["lower"] * (1 - 1e-4) < least <= found[name]["lower"]
         assert found[name]["upper"] <= most < found[name]["upper"] * (1 + 1e-4)
     assert found["Dense_0/kernel"]["lower"] <= NORMS["Dense_0/kernel"]
-    assert "REFLECT and EDGE padding add to the norm: say so by --specs" in printed
+    assert "REFLECT and EDGE padding add to it: --specs" in printed
     assert re.search(r"Left out, no kernels by their names: table \(7×3\)", printed)
-    assert f"{tmp_path / 'checkpoint'}"[:20] in printed.replace("\n", "")
+    assert (", params" in printed) == (kind != "npz"), "which part was read"
 
 
 def test_an_nnx_state_of_a_model_beside_its_optimizer(tmp_path):
@@ -118,7 +123,7 @@ def test_weights_of_pytorch(tmp_path):
     run(path, "--out", out)
     assert list(rows(out)) == ["features/0/weight"]
     assert rows(out)["features/0/weight"]["shape"] == [3, 3, 2, 4]
-    [task] = audit.tasks({"kernel": CONV})
+    [task] = tasks_of({"kernel": CONV})
     assert rows(out)["features/0/weight"]["upper"] == pytest.approx(task.run().upper, rel=1e-6)
 
 
@@ -128,7 +133,7 @@ def test_numbers_are_those_on_disk(dtype, tmp_path):
     value = np.full((1, 1, 1), 1 + 3e-8 if dtype == np.float64 else 0.1).astype(dtype)
     path = tmp_path / "one.safetensors"
     safetensors.numpy.save_file({"flax.kernel": value, "torch.weight": value}, path)
-    for task in audit.tasks(checkpoints.read(path).tree, rtol=1e-9):
+    for task in tasks_of(checkpoints.read(path).tree, rtol=1e-9):
         found = task.run()
         assert found.lower <= float(value.item()) <= found.upper
 
@@ -208,6 +213,15 @@ def test_specs_say_what_the_layers_are(tmp_path):
     assert rows(out)["c/kernel"]["input_shape"] == [6, 5]
 
 
+def test_the_page_of_the_docs_shows_what_is_printed(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```py\n(.*?)```", page, re.DOTALL).group(1), {})
+    shown = re.search(r"```\nfantastic4 audit model.npz\n\n(.*?)```", page, re.DOTALL).group(1)
+    stripped = lambda text: [line.rstrip() for line in text.strip().splitlines()]
+    assert stripped(run("model.npz")) == stripped(shown)
+
+
 def test_the_page_of_the_docs_shows_specs_that_are_read(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text()
     [specs] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
@@ -259,6 +273,8 @@ def test_what_cannot_be_read_says_what_can(tmp_path):
     assert "choose by --at" in refused(tmp_path / "b.npz")
     assert "no emma in this checkpoint: it has opt_state, ema" in refused(tmp_path / "b.npz", "--at", "emma")
     run(tmp_path / "b.npz", "--at", "ema")
+    np.savez(tmp_path / "d.npz", **{"a/b/opt_state/0/mu/kernel": MATRIX, "a/b/weights/kernel": MATRIX})
+    assert "choose by --at" in refused(tmp_path / "d.npz")
     np.savez(tmp_path / "c.npz", **{"a/params/kernel": MATRIX, "b/params/kernel": MATRIX})
     assert "choose by --at one of a/params, b/params" in refused(tmp_path / "c.npz")
     assert "params/kernel: rtol must be a positive number" in refused(tmp_path / "c.npz", "--at", "a", "--rtol", "0")
@@ -271,6 +287,15 @@ def test_several_trees_in_one_step_are_named(tmp_path):
         manager.wait_until_finished()
     assert "several trees: name one of" in run(tmp_path / "run", code=1)
     run(tmp_path / "run" / "1" / "critic")
+
+
+def test_a_product_that_vanishes_or_is_no_number():
+    """Of 400 layers of norm 1/10 the product is 1e-400, which no float is: 0 would be below it."""
+    rows = [network.Row(str(i), (1, 1), 0.1) for i in range(400)]
+    assert 0 < network.Report(tuple(rows), "four").product < 1e-300
+    assert network.Report((*rows[:3], network.Row("zero", (1, 1), 0.0)), "four").product == 0
+    nan = network.Row("nan", (1, 1), math.nan)
+    assert math.isnan(network.Report((network.Row("zero", (1, 1), 0.0), nan), "four").product)
 
 
 def test_the_command_is_installed():
@@ -287,6 +312,6 @@ def test_without_click_it_says_what_to_install():
 
 
 def test_a_tree_in_memory_is_as_good():
-    [conv, matrix] = audit.tasks({"c": {"kernel": CONV}, "d": {"kernel": MATRIX}}, input_shapes={"c/*": (4, 4)})
+    [conv, matrix] = tasks_of({"c": {"kernel": CONV}, "d": {"kernel": MATRIX}}, input_shapes={"c/*": (4, 4)})
     assert (conv.input_shape, matrix.input_shape, matrix.shape) == ((4, 4), None, (6, 5))
     assert jax.numpy.isfinite(matrix.run().upper)

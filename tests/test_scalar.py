@@ -9,8 +9,8 @@ import pytest
 
 from fantastic4.expression import substitute
 from fantastic4.jets import Interval, jet
+from fantastic4.rounding import times_up
 from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
-from fantastic4.tails import times_up
 
 
 def op(name, *args, number=0.0):

@@ -16,9 +16,8 @@ from fantastic4.conv import ConvSpec
 from fantastic4.expression import Expr, X, affine, slopes
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
-from fantastic4.rounding import product_up, round_up
+from fantastic4.rounding import product_up, round_up, times_up
 from fantastic4.scalar import most_bent, steepest
-from fantastic4.tails import times_up
 from fantastic4.together import steepest_together
 from fantastic4.values import largest_value
 
