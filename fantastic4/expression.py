@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
-UNARY = ("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
+Line = tuple[Fraction, Fraction]
+"""(a, b) of a x + b."""
+
+UNARY = (
+    *("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos"),
+    *("atan", "asinh"),
+)
 BINARY = ("add", "sub", "mul", "div", "max", "min")
 
 
@@ -73,7 +80,28 @@ def layers(expr: Expr) -> list[tuple[Expr, Expr]]:
     return found
 
 
-def affine(expr: Expr) -> tuple[Fraction, Fraction] | None:
+@functools.lru_cache(maxsize=4096)
+def single_waves(expr: Expr) -> Expr:
+    """The same with products of two waves of one argument as one wave: what is added to them may cancel far out."""
+    if not expr.args:
+        return expr
+    args = tuple(map(single_waves, expr.args))
+    square = expr.op == "power" and expr.number == 2
+    factors = (*args, *args) if square else args
+    if (
+        (square or expr.op == "mul")
+        and {f.op for f in factors} <= {"sin", "cos"}
+        and factors[0].args == factors[1].args
+    ):
+        twice, half = Expr("mul", (const(2.0), *factors[0].args)), const(0.5)
+        if factors[0].op != factors[1].op:
+            return Expr("mul", (half, Expr("sin", (twice,))))
+        sign = "sub" if factors[0].op == "sin" else "add"
+        return Expr(sign, (half, Expr("mul", (half, Expr("cos", (twice,))))))
+    return dataclasses.replace(expr, args=args)
+
+
+def affine(expr: Expr) -> Line | None:
     """(a, b) of a x + b, exactly: floats may cancel; None for what is not of that form."""
     if expr.op == "x":
         return Fraction(1), Fraction(0)
@@ -103,7 +131,7 @@ def multiple_of(expr: Expr, part: Expr) -> Fraction | None:
     return outer[0] if outer is not None and alone and not outer[1] else None
 
 
-def _lines(expr: Expr) -> set[tuple[Fraction, Fraction]]:
+def _lines(expr: Expr) -> set[Line]:
     """The largest parts that are a x + b with a ≠ 0."""
     straight = affine(expr)
     if straight is not None:
@@ -115,7 +143,7 @@ def _is_float(number: Fraction) -> bool:
     return Fraction(float(number)) == number if abs(number) < 2**1000 else False
 
 
-def _of_line(expr: Expr, line: tuple[Fraction, Fraction]) -> Expr | None:
+def _of_line(expr: Expr, line: Line) -> Expr | None:
     """A function of x as one of a x + b; None where it has numbers then that are no floats."""
     straight = affine(expr)
     if straight is None:
@@ -146,58 +174,77 @@ def in_units(expr: Expr) -> tuple[Expr, Fraction] | None:
     return None
 
 
-def slopes(expr: Expr) -> frozenset[Fraction] | None:
-    """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
+_PIECES = 32  # lines of a function in pieces, each of which is compared with each
+
+
+def _in_pieces(expr: Expr, keep: Callable[[Line], Line], most: int) -> frozenset[Line] | None:
+    """The lines that a function is made of, and perhaps more; None for what is not of that form, or has too many.
+
+    Args:
+      expr: the function.
+      keep: what is kept of a line.
+      most: how many different ones.
+    """
     straight = affine(expr)
     if straight is not None:
-        return frozenset((straight[0],))
+        return frozenset((keep(straight),))
     if expr.op in ("mul", "div"):
         # Of a function in pieces with a number.
         left, right = map(affine, expr.args)
         if expr.op == "mul" and left is not None and left[0] == 0:
-            factor, inner = left[1], slopes(expr.args[1])
+            factor, inner = left[1], expr.args[1]
         elif right is not None and right[0] == 0 and (expr.op == "mul" or right[1]):
-            factor, inner = right[1] if expr.op == "mul" else 1 / right[1], slopes(expr.args[0])
+            factor, inner = right[1] if expr.op == "mul" else 1 / right[1], expr.args[0]
         else:
             return None
-        return None if inner is None else frozenset(factor * k for k in inner)
+        lines = _in_pieces(inner, keep, most)
+        return None if lines is None else frozenset((factor * a, factor * b) for a, b in lines)
     if expr.op not in ("neg", "add", "sub", "abs", "max", "min", "select"):
         return None
-    parts = [slopes(arg) for arg in expr.args[2 if expr.op == "select" else 0 :]]
+    parts = [_in_pieces(arg, keep, most) for arg in expr.args[2 if expr.op == "select" else 0 :]]
     if any(part is None for part in parts):
         return None
     known = [part for part in parts if part is not None]
     if expr.op in ("neg", "abs"):
-        return known[0] | {-k for k in known[0]}
-    if expr.op in ("add", "sub"):
+        opposite = frozenset((-a, -b) for a, b in known[0])
+        found = opposite if expr.op == "neg" else known[0] | opposite
+    elif expr.op in ("add", "sub"):
         sign = 1 if expr.op == "add" else -1
-        return frozenset(a + sign * b for a in known[0] for b in known[1])
-    return known[0] | known[1]
+        found = frozenset((a + sign * c, b + sign * d) for a, b in known[0] for c, d in known[1])
+    else:
+        found = known[0] | known[1]
+    return found if len(found) <= most else None
 
 
-def _compared(expr: Expr) -> tuple[tuple[Fraction, Fraction], tuple[Fraction, Fraction]] | None:
-    """What an absolute value, a maximum or a selection compares, where that is two affine functions."""
-    if expr.op not in ("abs", "max", "min", "select"):
-        return None
-    left, right = (affine(side) for side in (*expr.args, const(0))[:2])
-    return None if left is None or right is None else (left, right)
-
-
-def kinks(expr: Expr) -> set[float]:
-    """Where an absolute value, a maximum or a selection of affine functions changes over."""
-    found = set().union(*(kinks(arg) for arg in expr.args)) if expr.args else set()
-    compared = _compared(expr)
-    if compared is not None:
-        left, right = compared
-        if left[0] != right[0]:
-            found.add(float((right[1] - left[1]) / (left[0] - right[0])))
-    return found
+def slopes(expr: Expr) -> frozenset[Fraction] | None:
+    """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
+    lines = _in_pieces(expr, lambda line: (line[0], Fraction(0)), 4096)
+    return None if lines is None else frozenset(a for a, _ in lines)
 
 
 @functools.lru_cache(maxsize=4096)
+def _changes(expr: Expr) -> frozenset[Fraction] | None:
+    """Where an absolute value, a maximum or a selection itself changes over, and perhaps more places.
+
+    Known where what it compares is affine in pieces, as min(|x|, 1) of Huber's loss does; None elsewhere.
+    """
+    if expr.op not in ("abs", "max", "min", "select"):
+        return None
+    left, right = (_in_pieces(side, lambda line: line, _PIECES) for side in (*expr.args, const(0))[:2])
+    if left is None or right is None:
+        return None
+    return frozenset((d - b) / (a - c) for a, b in left for c, d in right if a != c)
+
+
+def kinks(expr: Expr) -> set[float]:
+    """Where an absolute value, a maximum or a selection of functions affine in pieces may change over."""
+    found = set().union(*(kinks(arg) for arg in expr.args)) if expr.args else set()
+    return found | {float(place) for place in _changes(expr) or ()}
+
+
 def has_known_kink(expr: Expr) -> bool:
     """Whether `kinks` knows where this operation itself changes over."""
-    return _compared(expr) is not None
+    return _changes(expr) is not None
 
 
 def selections(expr: Expr) -> list[Expr]:

@@ -105,6 +105,8 @@ class Jet(NamedTuple):
 
 
 _ERF = np.vectorize(math.erf, otypes=[float])
+QUARTER = math.nextafter(math.pi / 2, 2)
+"""Of a turn: no less than π/2."""
 _LOOSE = 8  # units by which the C library's functions may be off, generously
 
 
@@ -184,6 +186,16 @@ def _unary(op: str, p: Interval) -> tuple[Interval, Interval, Interval]:
         slope = inverse.times(_same(0.5, p.lo))
         bend = -inverse.times(inverse).times(inverse).times(_same(0.25, p.lo))
         return root.where(good, everything), slope.where(good, everything), bend.where(good, everything)
+    if op in ("atan", "asinh"):
+        below = one.plus(p.square())
+        value, size = _monotone(np.arctan if op == "atan" else np.arcsinh, p), p.largest()
+        if op == "atan":
+            inverse = _clamped(_reciprocal(below), 0, 1)
+            bend = _same(-2.0, p.lo).times(p).times(inverse.square())
+            return _clamped(value, -QUARTER, QUARTER), inverse, _clamped(bend, -0.65, 0.65)
+        slope = _clamped(_reciprocal(_monotone(np.sqrt, below)), 0, 1)
+        bend = -p.times(slope.times(slope.square()))
+        return Interval(np.maximum(value.lo, -size), np.minimum(value.hi, size)), slope, _clamped(bend, -0.385, 0.385)
     quarter = {"sin": 0, "cos": 1}[op]
     return _wave(p, quarter), _wave(p, quarter + 1), _wave(p, quarter + 2)
 

@@ -17,12 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layers, parts, selections
+from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layers, parts, selections, single_waves
 from fantastic4.jets import Interval, jet
 from fantastic4.rounding import times_up
 from fantastic4.tails import BORDER, integral, sup, tail
 
-__all__ = ["Expr", "X", "climb", "const", "extremes", "inner_kinks", "most_bent", "steepest"]
+__all__ = ["Expr", "JumpError", "X", "climb", "const", "extremes", "inner_kinks", "most_bent", "steepest"]
 
 _CELLS = 2048  # at first
 _ROUNDS = 60
@@ -30,7 +30,12 @@ _ACCURACY = 1e-6
 _MOST = 400_000  # cells at once
 _BLUR = 1e-5  # of the largest slope: more may hide a jump
 _HIDDEN = 1e-12  # of the steepest slope around, times the distance: more may hide a jump
+_NOTHING = 1e-300  # what rounding makes of 0: halving a cell does not make it less
 _NARROW = 1e-9  # a cell of which nothing is known: halving it further tells nothing
+
+
+class JumpError(ValueError):
+    """A function that is not continuous."""
 
 
 def _seen(expr: Expr, points: np.ndarray) -> float:
@@ -68,7 +73,7 @@ def _check_continuous(expr: Expr, pace: float | None) -> None:
             if not apart and not width <= _HIDDEN * (size if pace is None else pace) * _seen(chosen, around):
                 raise ValueError(f"its values are known too roughly at {at:.6g} to see whether it jumps there")
         if apart:
-            raise ValueError(f"it jumps at {at:.6g}: no Lipschitz constant")
+            raise JumpError(f"it jumps at {at:.6g}: no Lipschitz constant")
 
 
 def inner_kinks(expr: Expr) -> list[float]:
@@ -98,7 +103,7 @@ def climb(measure: Callable[[Interval], tuple[np.ndarray, np.ndarray]], places: 
         middle = (cells.lo + cells.hi) / 2
         _, at = measure(Interval(middle, middle))
         seen = max(seen, float(np.max(np.where(np.isfinite(at), at, 0.0))))
-        settled = bound <= max(seen, far) * (1 + _ACCURACY)
+        settled = bound <= max(seen * (1 + _ACCURACY), far * (1 + _ACCURACY), _NOTHING)
         above = max(above, float(np.max(bound[settled], initial=0.0)))
         left = ~settled & (middle > cells.lo) & (middle < cells.hi)
         above = max(above, float(np.max(bound[~settled & ~left], initial=0.0)))
@@ -175,9 +180,10 @@ def _largest(expr: Expr, order: int, what: str, pace: float | None, far: float |
 def _above(number: Fraction) -> float:
     """The size of a number, as a float that is no smaller."""
     try:
-        return math.nextafter(float(abs(number)), math.inf)
+        nearest = float(abs(number))
     except OverflowError:
         return math.inf
+    return nearest if nearest >= abs(number) else math.nextafter(nearest, math.inf)
 
 
 def _slower(pace: float | None, by: float) -> float:
@@ -207,17 +213,17 @@ def _remembered(find: _Find) -> _Find:
     """A cache of refusals too: what is bounded in parts asks for the same parts many times."""
 
     @functools.lru_cache(maxsize=4096)
-    def outcome(expr: Expr, pace: float | None) -> float | str:
+    def outcome(expr: Expr, pace: float | None) -> float | ValueError:
         try:
             return find(expr, pace)
         except ValueError as error:
-            return str(error)
+            return type(error)(*error.args)  # without what it was raised in
 
     @functools.wraps(find)
     def found(expr: Expr, pace: float | None = None) -> float:
         result = outcome(expr, pace)
-        if isinstance(result, str):
-            raise ValueError(result)
+        if isinstance(result, ValueError):
+            raise result.with_traceback(None)
         return result
 
     return found
@@ -243,10 +249,13 @@ def steepest(expr: Expr, pace: float | None = None) -> float:
       >>> print(round(steepest(silu), 5))
       1.09984
     """
-    return _in_other_units(_steepest, expr, 1, pace)
+    return _in_other_units(_steepest, single_waves(expr), 1, pace)
 
 
 def _steepest(expr: Expr, pace: float | None = None) -> float:
+    straight = affine(expr)
+    if straight is not None and _above(straight[0]) < math.inf:
+        return _above(straight[0])
     found, refused = math.inf, None
     try:
         found = _largest(expr, 1, "slope", pace)
@@ -280,10 +289,12 @@ def most_bent(expr: Expr, pace: float | None = None) -> float:
       >>> print(round(most_bent(Expr("tanh", (X,))), 4))
       0.7698
     """
-    return _in_other_units(_most_bent, expr, 2, pace)
+    return _in_other_units(_most_bent, single_waves(expr), 2, pace)
 
 
 def _most_bent(expr: Expr, pace: float | None = None) -> float:
+    if affine(expr) is not None:
+        return 0.0
     try:
         return _largest(expr, 2, "curvature", pace)
     except ValueError as refused:
@@ -314,6 +325,7 @@ def extremes(expr: Expr, order: int) -> tuple[float, float]:
       >>> print([round(end, 4) for end in extremes(Expr("logistic", (X,)), 1)])
       [-0.0, 0.25]
     """
+    expr = single_waves(expr)
     units = in_units(expr)
     if units is None:
         return _extremes(expr, order, None)

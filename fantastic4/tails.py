@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fantastic4.expression import UNARY, Expr
-from fantastic4.jets import Interval, jet
+from fantastic4.jets import QUARTER, Interval, jet
 from fantastic4.rounding import TINY, times_up
 
 BORDER = 40.0
@@ -115,6 +115,11 @@ def _tail_unary(op: str, p: Tail) -> tuple[Terms | None, Terms | None, Terms | N
             return None, None, None
         slope, bend = _power_of(p.least, -0.5), _power_of(p.least, -1.5)
         return _add(p.value, one), _mul(slope, _term(0.5)), _mul(bend, _term(0.25))
+    if op == "atan":
+        slope, bend = _power_of(p.least, -2.0), _mul(_power_of(p.least, -3.0), _term(2.0))
+        return _term(QUARTER), slope or one, bend or one
+    if op == "asinh":
+        return p.value, _power_of(p.least, -1.0) or one, _power_of(p.least, -2.0) or one
     return one, one, one  # sin, cos
 
 
@@ -179,15 +184,20 @@ def _tail_times(left: Tail, right: Tail) -> Tail:
 
 
 def _least_of_sum(left: Tail, right: Tail, minus: bool) -> tuple[float, float]:
-    """(m, k) of a sum whose parts do not cancel, or of which one is bounded."""
+    """(m, k) of a sum whose parts do not cancel, or of which one is far larger."""
     other = -right.range if minus else right.range
     if (left.range.lo >= 0 and other.lo >= 0) or (left.range.hi <= 0 and other.hi <= 0):
         (m, k), (n, j) = left.least, right.least
         return ((m + n) * (1 - 1e-12), k) if k == j else max((left.least, right.least), key=lambda p: (p[0] > 0, p[1]))
     for p, q in ((left, right), (right, left)):
-        size = float(q.range.largest())
+        (m, k), size = p.least, float(q.range.largest())
         if math.isfinite(size):
-            return max(0.0, p.least[0] - size * BORDER ** -p.least[1] * (1 + 1e-12)) * (1 - 1e-12), p.least[1]
+            return max(0.0, m - size * BORDER**-k * (1 + 1e-12)) * (1 - 1e-12), k
+        # Σ C tⁿ is at most Σ C Bⁿ⁻ᵏ tᵏ, where no n is above k.
+        if m > 0 and q.value is not None and all(n <= k and rate >= 0 for _, n, rate in q.value):
+            less = sum(c * BORDER ** (n - k) for c, n, _ in q.value) * (1 + 1e-9)
+            if less < m:
+                return (m - less) * (1 - 1e-12), k
     return _NONE
 
 

@@ -210,13 +210,13 @@ def test_a_network_called_twice_is_one_network():
     np.testing.assert_allclose(float(twice.upper), matrix[1, 0], rtol=1e-4)
 
 
-ACTIVATIONS = [jax.nn.softplus, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.sin]
+ACTIVATIONS = [jax.nn.softplus, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu, jax.nn.silu, jnp.sin, jnp.arctan, jnp.arcsinh]
 
 
 def random_operation(rng, unit, n):
     """Its name, and a function of a vector of ``n`` entries or of two into one; ``unit`` is 1, known or traced."""
     matrix, vector, cube = rng.normal(size=(n, n)) * unit, rng.normal(size=n), rng.normal(size=(2, n // 2, n)) * unit
-    number, places, act = float(rng.normal()) * unit, rng.integers(0, n, n), ACTIVATIONS[rng.integers(6)]
+    number, places, act = float(rng.normal()) * unit, rng.integers(0, n, n), ACTIVATIONS[rng.integers(len(ACTIVATIONS))]
     far, mask, vector = (vector + np.copysign(0.5, vector)) * unit, vector > 0, vector * unit
     one = {
         "activation": act,
@@ -234,6 +234,9 @@ def random_operation(rng, unit, n):
         "centre": lambda x: x - x.mean(),
         "level": lambda x: x.sum() + x,
         "cumsum": jnp.cumsum,
+        "softmax": jax.nn.softmax,
+        "log-softmax": lambda x: jax.nn.log_softmax(x)[places],
+        "cross-entropy": lambda x: x * number - (matrix[0] * jax.nn.log_softmax(x)).sum(),
         "pad": lambda x: jnp.pad(x, (1, 0), constant_values=number)[:n],
         "stack": lambda x: jnp.stack([x, vector]).ravel()[::2],
         "mask": lambda x: jnp.where(mask, x, number),
@@ -301,7 +304,11 @@ def random_net(rng):
     for _ in range(depth):
         new = int(rng.integers(2, 6))
         layers.append(
-            (weights(rng, width, new) * rng.uniform(0.3, 2), weights(rng, 1, new), ACTIVATIONS[rng.integers(6)])
+            (
+                weights(rng, width, new) * rng.uniform(0.3, 2),
+                weights(rng, 1, new),
+                ACTIVATIONS[rng.integers(len(ACTIVATIONS))],
+            )
         )
         width = new
     last, kind = weights(rng, width, 1), rng.integers(3)
@@ -557,6 +564,7 @@ def test_softmax_and_its_kin_as_functions_of_several_entries(x64):
         assert seen >= 0.999 * (np.sqrt(2 / 27) if fn is jax.nn.softmax else 0.5**0.5)
         assert seen <= float(lipschitz.curvature(fn, z).value) * (1 + 1e-12)
     assert float(lipschitz.curvature(jax.nn.logsumexp, z).value) <= 0.5 * (1 + 1e-5)
+    assert float(lipschitz.curvature(jax.nn.softmax, jnp.ones(7)).value) <= np.sqrt(2 / 27) * (1 + 1e-5)
 
 
 def test_log_softmax_at_the_end_moves_no_margin():

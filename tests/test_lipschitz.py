@@ -17,6 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -530,6 +531,16 @@ ACTIVATIONS = {
     "tanh, of one exponential backwards": lambda x: (1 - jnp.exp(-2 * x)) / (1 + jnp.exp(-2 * x)),
     "tanh, of expm1": lambda x: jnp.expm1(x) / (jnp.exp(x) + 1),
     "mish, written out": lambda x: x * jnp.tanh(jnp.log(1 + jnp.exp(x))),
+    "atan": lambda x: x - jnp.arctan(5 * x),
+    "atan times tanh": lambda x: jnp.arctan(x) * jnp.tanh(x),
+    "asinh": lambda x: jnp.arcsinh(x**2 - 3 * x),
+    "huber": lambda x: 0.5 * jnp.minimum(jnp.abs(x), 2) ** 2 + 2 * (jnp.abs(x) - jnp.minimum(jnp.abs(x), 2)),
+    "soft threshold": lambda x: jnp.sign(x - 1) * jnp.maximum(jnp.abs(x - 1) - 0.5, 0),
+    "symlog": lambda x: 3 * jnp.log1p(jnp.abs(x)) * jnp.sign(x),
+    "size by its sign": lambda x: x * jnp.sign(-2 * x),
+    "snake": lambda x: x + jnp.sin(3 * x) ** 2 / 3,
+    "snake, of cosines": lambda x: x - jnp.cos(x) * jnp.cos(x),
+    "less sine times cosine": lambda x: x - jnp.sin(2 * x) * jnp.cos(2 * x) / 2,
 }
 
 
@@ -1101,6 +1112,10 @@ def blurred(x):
 
 JUMPS = {
     "sign": (lambda x: jnp.sign(x), "'sign'", "Leave it out"),
+    "sign times what is not 0": (lambda x: jnp.sign(x) * (1 + x), "'mul'", "it jumps at 0"),
+    "sign about another place": (lambda x: jnp.sign(x - 1) * x, "'mul'", "it jumps at 1"),
+    "a square of signs": (lambda x: jnp.sign(x) * jnp.sign(x), "'mul'", "at 0"),
+    "sign of a function": (lambda x: jnp.sign(jnp.tanh(x)) * x, "'mul'", "not of affine functions"),
     "round": (lambda x: x + lax.stop_gradient(jnp.round(x) - x), "'round'", "Leave it out"),
     "argmax": (lambda x: nn.one_hot(jnp.argmax(x, 1), 3), "'argmax'", "Leave it out"),
     "step": (lambda x: (x > 0).astype(jnp.float32), "'convert_element_type'", "jump"),
@@ -1492,6 +1507,13 @@ def random_layer(rng, depth):
         "contraction": lambda x: x + jnp.tensordot(x, matrix[:, :, None] * vector, ((1, 0), (0, 1))),
         "softmax": lambda x: nn.softmax(number * x, axis=axis),
         "log_softmax": lambda x: nn.log_softmax(x, axis=axis),
+        "picked": lambda x: nn.log_softmax(x, axis=axis)[places][:, :1] * vector - x,
+        "cross-entropy": lambda x: jnp.sum(taps[0] * nn.log_softmax(x, axis), axis)[:, None] * vector,
+        "labels": lambda x: jax.vmap(optax.softmax_cross_entropy_with_integer_labels)(x, places) - x[:, :1],
+        "log ratios": lambda x: nn.log_softmax(x, axis) - nn.log_softmax(x, axis)[places],
+        "binary": lambda x: vector * nn.log_sigmoid(number * x) - (1 - vector) * nn.log_sigmoid(-number * x),
+        "threshold": lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - abs(number), 0),
+        "snake": lambda x: x + jnp.sin(number * x) ** 2,
         "logsumexp": lambda x: x - nn.logsumexp(x, axis=axis, keepdims=True),
         "centre": lambda x: x - number * x.mean(axis, keepdims=True),
         "level": lambda x: jnp.broadcast_to(x.max(axis, keepdims=True), (4, 4)),

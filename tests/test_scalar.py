@@ -19,6 +19,7 @@ def op(name, *args, number=0.0):
 
 CUBE = op("power", X, number=3)
 SOFTPLUS = op("add", op("max", X, 0), op("log1p", op("exp", op("neg", op("abs", X)))))
+SHORT = op("min", op("abs", X), 1)
 INNER = op("mul", math.sqrt(2 / math.pi), op("add", X, op("mul", 0.044715, CUBE)))
 SMOOTH = {
     "gelu": (op("mul", op("mul", X, 0.5), op("add", 1, op("erf", op("div", X, math.sqrt(2))))), jax.nn.gelu, False),
@@ -36,12 +37,22 @@ SMOOTH = {
     "softsign": (op("div", X, op("add", 1, op("abs", X))), jax.nn.soft_sign, None),
     "sine": (op("sin", op("mul", 3, X)), lambda x: jnp.sin(3 * x), None),
     "elu": (op("select", 0, X, X, op("expm1", op("min", X, 0))), jax.nn.elu, None),
+    "atan": (op("atan", op("mul", 3, X)), lambda x: jnp.arctan(3 * x), None),
+    "asinh": (op("asinh", op("mul", -3, X)), lambda x: jnp.arcsinh(-3 * x), None),
+    "atan of a square": (op("atan", op("power", X, number=2)), lambda x: jnp.arctan(x**2), None),
+    "snake": (op("add", X, op("power", op("sin", X), number=2)), lambda x: x + jnp.sin(x) ** 2, None),
+    "huber": (
+        op("add", op("mul", 0.5, op("power", SHORT, number=2)), op("sub", op("abs", X), SHORT)),
+        lambda x: jnp.where(jnp.abs(x) < 1, 0.5 * x**2, jnp.abs(x) - 0.5),
+        None,
+    ),
 }
 KINKED = {
     "relu": (op("max", X, 0), 1.0),
     "leaky": (op("select", X, 0, op("mul", X, 0.01), X), 1.0),
     "abs": (op("abs", op("mul", -2, X)), 2.0),
     "relu6": (op("min", op("max", X, 0), 6), 1.0),
+    "hard-sigmoid": (op("div", op("min", op("max", op("add", X, 3), 0), 6), 6), 1 / 6),
     "hard-swish": (op("mul", X, op("div", op("min", op("max", op("add", X, 3), 0), 6), 6)), 1.5),
 }
 

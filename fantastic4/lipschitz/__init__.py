@@ -21,7 +21,8 @@ from fantastic4.entry import choice
 from fantastic4.lipschitz import calls, choices, linear, moves, scalars, scatter, windows  # noqa: F401 (they fill the table)
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.hessian import hessians
-from fantastic4.lipschitz.nodes import Joint, Linear, LogSoftmax
+from fantastic4.lipschitz.losses import same_margins
+from fantastic4.lipschitz.nodes import Joint, Linear
 from fantastic4.lipschitz.numbers import ByName, slope
 from fantastic4.lipschitz.order import Step, first_order, second_order
 from fantastic4.lipschitz.register import register_rule
@@ -143,14 +144,6 @@ def bound(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Bound:
     return Bound(traced.sure(value), tuple(Row(s.factor, s.total, s.label, s.shape) for s in steps))
 
 
-def _compared(logits: Signal) -> Signal:
-    """Logits of the same margins: log-softmax takes the same from all classes."""
-    node = logits.node
-    if isinstance(node, LogSoftmax) and logits.plain and logits.shape == node.shape:
-        return node.inputs[0] if node.axes == (len(node.shape) - 1,) else logits
-    return logits
-
-
 @usual_promotion
 def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array:
     """Lipschitz bounds of all margins ``z_i - z_j`` of a classifier's logits: tighter than √2 times the whole one.
@@ -178,7 +171,7 @@ def margins(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Array
     traced = trace(fn, x)
     if len(traced.outputs) != 1 or not traced.outputs[0].shape:
         raise ValueError("margins are of one array of logits: let fn return (…, classes)")
-    logits = _compared(traced.outputs[0])
+    logits = same_margins(traced.outputs[0])
     how = _numbers(traced, method)
     _, _, (total,) = _first([logits], how)
     classes = logits.shape[-1]
@@ -287,7 +280,7 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
     shape = traced.outputs[0].shape if len(traced.outputs) == 1 else ()
     if not shape or math.prod(shape) != shape[-1]:
         raise ValueError("margins are of one example: let fn return logits (1, classes), and give it a batch of one")
-    logits = _compared(traced.outputs[0])
+    logits = same_margins(traced.outputs[0])
     classes = logits.shape[-1]
     how = _numbers(traced, method)
     nodes, _, _ = _first([logits], how)

@@ -154,6 +154,15 @@ def _choose(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return whole(Joint(label, shape, tuple(signals)))
 
 
-@rule("round", "floor", "ceil", "sign", "argmax", "argmin", "nextafter", "population_count")
+@rule("sign")
+def _sign(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+    """-1, 0 or 1: sign(x) log1p(|x|) may go on where it jumps."""
+    (signal,) = operands
+    e, zero = signal.expr, const(0.0)
+    not_below = Expr("select", (zero, e, const(1.0), zero))
+    return scalar(signal, Expr("select", (e, zero, const(-1.0), not_below)), walk.label(eqn))
+
+
+@rule("round", "floor", "ceil", "argmax", "argmin", "nextafter", "population_count")
 def _jump(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return walk.refuse(eqn, "jumps: no Lipschitz constant. Leave it out of what is bounded")

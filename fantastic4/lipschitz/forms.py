@@ -46,14 +46,24 @@ def _softplus(u: Expr) -> Expr:
     return Expr("add", (Expr("max", (u, _ZERO)), far))
 
 
+def _is_mask(expr: Expr) -> bool:
+    """Whether it chooses between numbers, not all of them 0."""
+    branches = expr.args[2:]
+    if expr.op != "select" or not all(branch.op == "const" or _is_mask(branch) for branch in branches):
+        return False
+    return any(branch.op == "select" or branch.number for branch in branches)
+
+
+def _under(mask: Expr, other: Expr) -> Expr:
+    if mask.op == "const":
+        return Expr("mul", (mask, other)) if mask.number else _ZERO
+    return Expr("select", (*mask.args[:2], *(_under(branch, other) for branch in mask.args[2:])))
+
+
 def _masked(a: Expr, b: Expr) -> Expr | None:
     """The product with a mask, 1 where x > 0 and 0 elsewhere, as a choice: it may go on where the mask jumps."""
-    for mask, other in ((a, b), (b, a)):
-        known = mask.op == "select" and all(branch.op == "const" for branch in mask.args[2:])
-        if known and any(branch.number for branch in mask.args[2:]):  # else what is hidden would not be seen any more
-            branches = (Expr("mul", (branch, other)) if branch.number else _ZERO for branch in mask.args[2:])
-            return Expr("select", (*mask.args[:2], *branches))
-    return None
+    # Of zeros alone, what is hidden would not be seen any more.
+    return next((_under(mask, other) for mask, other in ((a, b), (b, a)) if _is_mask(mask)), None)
 
 
 def known(expr: Expr) -> Expr:

@@ -13,10 +13,10 @@ from jax.extend import core
 
 from fantastic4.conv import ConvSpec
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import patterns
+from fantastic4.lipschitz import losses, patterns
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
-from fantastic4.lipschitz.trace import COMPLEX, Walk, is_constant, out_shape, rule, shape_and_dtype
+from fantastic4.lipschitz.trace import COMPLEX, Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
 
 
 @rule("dot_general")
@@ -56,6 +56,15 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         left, right = (x, back) if left_first else (back, x)
         return lax.dot_general(left, right, eqn.params["dimension_numbers"], precision=lax.Precision.HIGHEST)
 
+    if not free and batch[1 - own] == tuple(range(len(batched))):
+        # A weight for every entry, as of labels beside log-softmax.
+        order = {**dict(zip(taken, contracted, strict=True)), **dict(enumerate(batched))}
+        with at_once(matrix):
+            by = widened(jnp.transpose(matrix, [order[a] for a in sorted(order)]))
+            by = jnp.expand_dims(by, [a for a in range(rank) if a not in order])
+        loss = losses.weighed(signal, taken, walk.label(eqn), by)
+        if loss is not None and not loss[1]:
+            return loss[0]
     features = tuple(range(start, start + len(sizes)))
     node = Linear(walk.label(eqn, "dense"), shape, (signal,), kernel=together, features=features, apply=apply)
     before = signal.node

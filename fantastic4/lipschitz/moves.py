@@ -12,13 +12,14 @@ import numpy as np
 from jax.extend import core
 
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
+from fantastic4.lipschitz.losses import picked
 from fantastic4.lipschitz.nodes import Joint, settled
 from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
 
 
 def moved(signal: Signal, places: np.ndarray) -> Signal:
     """A signal of the same node and function that reads other entries."""
-    return dataclasses.replace(signal, shape=places.shape, index=places)
+    return picked(dataclasses.replace(signal, shape=places.shape, index=places))
 
 
 def reshaped(signal: Signal, shape: Sequence[int]) -> Signal:

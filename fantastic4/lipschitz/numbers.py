@@ -17,7 +17,7 @@ from fantastic4.expression import Expr, X, affine, slopes
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import product_up, round_up, times_up
-from fantastic4.scalar import most_bent, steepest
+from fantastic4.scalar import JumpError, most_bent, steepest
 from fantastic4.together import steepest_together
 from fantastic4.values import largest_value
 
@@ -139,6 +139,8 @@ def of_one_number(signal: Signal, find: Callable[[Expr], T], what: str, remedy: 
     try:
         return find(signal.expr)
     except (ValueError, OverflowError) as error:
+        if isinstance(error, JumpError):
+            remedy = "Leave it out of what is bounded, or let both sides meet there"
         raise UnboundedError(
             f"{signal.label} makes a function of one number without a finite {what}: {error}. {remedy}"
         ) from None

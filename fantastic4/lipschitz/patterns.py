@@ -13,7 +13,7 @@ from jax import Array
 
 from fantastic4.expression import Expr, X
 from fantastic4.lipschitz.graph import Label, Node, Signal, whole
-from fantastic4.lipschitz.nodes import Fixed, LogSoftmax, Reduced, Sum
+from fantastic4.lipschitz.nodes import Fixed, LogSoftmax, LogSumExp, Reduced, Sum
 
 
 def spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
@@ -61,10 +61,12 @@ def _sum_of_exponentials(signal: Signal, exponent: Signal) -> tuple[int, ...] | 
 
 
 def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
-    """``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½.
+    r"""``exp(z) / Σ exp(z)``: its Jacobian diag(p) - p pᵀ has a norm of at most ½.
 
-    Its second derivative D = p ⊙ ((u - ū) ⊙ (v - v̄) - c), with means, and the covariance c of u and v, under p: of
-    unit vectors variances are at most ½, so |c| and Σ p |u - ū| |v - v̄| too, and ‖D‖₂ ≤ ‖D‖₁ / √2 ≤ 1 / √2 as ΣD = 0.
+    Its second derivative in three directions is Σ p (u - ū) (v - v̄) (w - w̄), with means under p: largest, as it is
+    symmetric, where all three are one unit vector (Banach), whose entries lie within √2. A third central moment on an
+    interval of length r is at most r³ / (6√3): of mean 0 and at most M, the mean of (M - y) (y + σ²/M)² ≥ 0 says that
+    it is at most σ² (M - σ²/M), with σ² ≤ (r - M) M. So ‖D‖ ≤ √(2/27), which two entries reach.
     """
     if top.expr.op != "exp" or bottom.expr != X:
         return None
@@ -74,7 +76,7 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
         return None
     source, level = _without_level(exponent, axes)
     name = dataclasses.replace(label, operation="softmax")
-    return whole(Fixed(name, top.shape, (source,), 0.5, bend=0.5**0.5 * (1 + 1e-15), unmoved=level))
+    return whole(Fixed(name, top.shape, (source,), 0.5, bend=(2 / 27) ** 0.5 * (1 + 1e-15), unmoved=level))
 
 
 def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:
@@ -91,16 +93,19 @@ def log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
 
     Each entry bends as `logsumexp` does.
     """
-    if b.expr not in _LOGS:
-        return None
-    axes = _sum_of_exponentials(b, a)
+    if isinstance(b.node, LogSumExp) and b.expr == X:
+        axes = b.node.axes if a.expr == b.node.inputs[0].expr and a.same_entries(b.node.inputs[0]) else None
+    else:
+        axes = _sum_of_exponentials(b, a) if b.expr in _LOGS else None
     if axes is None or not spread_of(b, a.shape, axes):
         return None
     count = int(np.prod([a.shape[x] for x in axes]))
     source, level = _without_level(a, axes)
     name = dataclasses.replace(label, operation="log_softmax")
     root = count**0.5 * (1 + 1e-15)
-    return whole(LogSoftmax(name, a.shape, (source,), root, bend=root / 2, axes=axes, unmoved=level))
+    return whole(
+        LogSoftmax(name, a.shape, (source,), root, bend=root / 2, axes=axes, unmoved=(*level, *b.node.unmoved))
+    )
 
 
 _LOGS = (Expr("log", (X,)), Expr("log", (Expr("abs", (X,)),)))
@@ -130,7 +135,7 @@ def logsumexp(a: Signal, b: Signal, label: Label) -> Signal | None:
         same = taken.node is level.node and taken.expr == level.expr
         if same and np.array_equal(taken.places, np.broadcast_to(small, source.shape)):
             name = dataclasses.replace(label, operation="logsumexp")
-            return whole(Fixed(name, outer.shape, (source,), bend=0.5, unmoved=(taken,)))
+            return whole(LogSumExp(name, outer.shape, (source,), bend=0.5, axes=axes, unmoved=(taken,)))
     return None
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array
 from jax.extend import core
 
-from fantastic4.expression import Expr, X, affine, const
+from fantastic4.expression import UNARY, Expr, X, affine, const
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import forms, means, norms, patterns
+from fantastic4.lipschitz import forms, losses, means, norms, patterns
 from fantastic4.lipschitz.graph import Label, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
@@ -30,7 +30,7 @@ def scalar(signal: Signal, expr: Expr, label: Label) -> Signal:
     return dataclasses.replace(signal, expr=forms.known(expr), label=label)
 
 
-@rule("neg", "abs", "exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "sin", "cos")
+@rule(*UNARY)
 def _unary(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
     (signal,) = operands
     label = walk.label(eqn)
@@ -174,7 +174,10 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        known = (patterns.log_softmax, means.centred, means.variance) if op == "sub" else (patterns.logsumexp,)
+        known = [patterns.logsumexp]
+        if op == "sub":
+            a, b = losses.same_differences(a, b)
+            known = [patterns.log_softmax, losses.cross_entropy, means.centred, means.variance]
         found = _of_one(op, a, b, label) or next(filter(None, (pattern(a, b, label) for pattern in known)), None)
         if found is not None:
             return found

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core
 
 from fantastic4.lipschitz.graph import whole
+from fantastic4.lipschitz.losses import weighed
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.pooling import Pool, window_pairs
@@ -40,8 +41,13 @@ def _window_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("reduce_sum")
 def _reduce_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,), axes = operands, tuple(eqn.params["axes"])
-    count = math.prod(signal.shape[a] for a in axes)
     shape = out_shape(eqn)
+    loss = weighed(signal, axes, walk.label(eqn))
+    if loss is not None:
+        signal, axes = loss
+    if not axes:
+        return reshaped(signal, shape)
+    count = math.prod(signal.shape[a] for a in axes)
     add = lambda x: jnp.sum(x, axis=axes)  # noqa: E731
     return whole(Reduced(walk.label(eqn), shape, (signal,), math.sqrt(count), linear=True, apply=add, axes=axes))
 
