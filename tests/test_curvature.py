@@ -426,6 +426,22 @@ def test_intervals_go_back_through(name, x64):
     assert float(found.upper) >= bends.max()
 
 
+def test_intervals_go_back_through_a_ring(x64):
+    """Of a transposed convolution with circular padding, on a plane, behind another layer."""
+    rng = np.random.default_rng(SEED)
+    layer = nn.ConvTranspose(2, (3, 2), (2, 1), "CIRCULAR", param_dtype=jnp.float64)
+    inner, kernel = rng.normal(size=(4, 4)), rng.normal(size=(3, 2, 1, 2))
+    weights = rng.normal(size=(1, 4, 2, 2))
+
+    def fn(x):
+        image = jnp.tanh(x @ inner).reshape(1, 2, 2, 1)
+        return jnp.sum(
+            weights * jax.nn.softplus(layer.apply({"params": {"kernel": kernel, "bias": weights[0, 0, 0]}}, image))
+        )
+
+    assert_sound(fn, (4,), rng)
+
+
 def test_a_batch_is_not_one_example(x64):
     weights = jnp.array([[1.0, 0.0], [0.0, 5.0]])
     fn = lambda x: jnp.sum(jax.nn.softplus(x @ jnp.array([[1.0, 0.0], [0.0, 3.0]])) * weights[::-1])

@@ -24,6 +24,7 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
+import fantastic4 as f4
 from fantastic4 import lipschitz
 from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import USER_RULES
@@ -636,6 +637,71 @@ def test_padding_by_hand(mode, low, high):
             shape = (1, 4, kernel.shape[1])
             fn = lambda x: conv(jnp.pad(x, ((0, 0), (low, high), (0, 0)), mode=mode), kernel, strides)
             assert_sound(bound(fn, shape), steepest_seen(fn, shape, np.ones((1, math.prod(shape)))))
+
+
+RINGS = {  # taps, strides, dilation, size, transposed kernel
+    "a line": ((3,), (1,), 1, (8,), False),
+    "strided": ((4,), (2,), 1, (7,), True),
+    "dilated": ((3,), (2,), 2, (6,), False),
+    "more taps than places": ((7,), (2,), 1, (2,), True),
+    "gaps": ((3,), (5,), 1, (4,), False),
+    "one place": ((3,), (1,), 1, (1,), False),
+    "a plane": ((3, 2), (2, 1), 1, (4, 5), False),
+    "a plane that turns once": ((3, 1), (2, 2), 1, (4, 3), False),
+}
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_transposed_convolutions_with_circular_padding(name):
+    """As Flax makes them: never below the matrix, and what `bound` says of the kernel."""
+    taps, strides, dilation, size, turned = RINGS[name]
+    layer = nn.ConvTranspose(3, taps, strides, "CIRCULAR", (dilation,) * len(taps), transpose_kernel=turned)
+    shape = (1, *size, 3 if turned else 2)
+    kernel = np.random.default_rng(5).standard_normal((*taps, shape[-1], 3)).astype(DTYPE)
+    fn = lambda x: layer.apply({"params": {"kernel": kernel, "bias": B}}, x)
+    found = bound(fn, shape)
+    assert_sound(found, steepest_seen(fn, shape, np.zeros((1, math.prod(shape)))))
+    spec = f4.ConvSpec(strides, dilation, padding="CIRCULAR", transposed=True)
+    known = f4.bound(np.flip(kernel, range(len(taps))).swapaxes(-1, -2) if turned else kernel, spec)
+    assert found <= known * (1 + 1e-5)
+
+
+def ring(x, kernel, period, stride=1, cut=0, pads=None):
+    """All outputs, but for those that are cut off at the end, added up around a ring."""
+    reach = len(kernel) - 1
+    y = conv(x, kernel, 1, (reach, reach) if pads is None else pads, stride)
+    y = y[:, : y.shape[1] - cut]
+    return jnp.pad(y, ((0, 0), (0, -y.shape[1] % period), (0, 0))).reshape(1, -1, period, y.shape[2]).sum(1)
+
+
+SIGNED = np.array([1, -1, 1, 1], DTYPE).reshape(-1, 1, 1)
+AROUND = {
+    "whole": (lambda x: ring(x, np.ones((3, 1, 1), DTYPE), 4), (1, 4, 1), 3.0),
+    "a ring with room": (lambda x: ring(x, np.ones((3, 1, 1), DTYPE), 6), (1, 4, 1), None),
+    "inputs that meet on the ring": (lambda x: ring(x, np.ones((3, 1, 1), DTYPE), 2), (1, 4, 1), None),
+    "a ring of no whole strides": (lambda x: ring(x, SIGNED, 5, 2), (1, 3, 1), None),
+    "inputs between others": (lambda x: ring(x, SIGNED, 3, 2), (1, 3, 1), None),
+    "some outputs cut off": (lambda x: ring(x, SIGNED, 4, 1, 2), (1, 4, 1), None),
+    "some outputs never made": (lambda x: ring(x, SIGNED, 4, 1, 0, (1, 1)), (1, 4, 1), None),
+    "some never made, beside zeros": (lambda x: ring(x, SIGNED, 4, 1, 0, (1, 7)), (1, 4, 1), None),
+    "turned around": (lambda x: ring(x, SIGNED, 4)[:, ::-1] + ring(x, SIGNED, 4), (1, 4, 1), None),
+    "halves reversed in one array": (
+        lambda x: (lambda y: jnp.stack([y[:, :4], y[:, :3:-1]]).sum(0))(
+            jnp.pad(conv(x, SIGNED, 1, (3, 3)), ((0, 0), (0, 1), (0, 0)))
+        ),
+        (1, 4, 1),
+        None,
+    ),
+    "channels added up": (lambda x: conv(x, STACK[:, :1], 1, (1, 1)).reshape(1, -1, 2, 2).sum(2), (1, 3, 1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_outputs_around_a_ring(name):
+    fn, shape, exact = AROUND[name]
+    found = bound(fn, shape)
+    assert_sound(found, steepest_seen(fn, shape, np.zeros((1, math.prod(shape)))))
+    assert exact is None or found <= exact * (1 + 1e-5)
 
 
 # --- What looks like something else

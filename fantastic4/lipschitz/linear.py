@@ -17,6 +17,7 @@ from fantastic4.lipschitz import losses, patterns
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
 from fantastic4.lipschitz.trace import COMPLEX, Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
+from fantastic4.lipschitz.wrapped import rings
 
 
 @rule("dot_general")
@@ -121,4 +122,7 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     shape = out_shape(eqn)
     label = walk.label(eqn, "conv")
     features = (numbers.out_spec[1],)
-    return whole(Linear(label, shape, (source,), kernel=arranged, spec=spec, features=features, apply=apply))
+    lines = rings(p, signal.shape, arranged.shape[:-2]) if around is None else {}
+    return whole(
+        Linear(label, shape, (source,), kernel=arranged, spec=spec, features=features, apply=apply, rings=lines)
+    )

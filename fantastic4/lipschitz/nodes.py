@@ -253,6 +253,7 @@ class Linear(Node):
       roundings: how many there were of every entry meanwhile.
       factors: the kernel before the last scale was folded into it, and that scale, one number for each output.
       apply: the linear map itself, of a kernel and an array of the input's shape.
+      rings: of a convolution the axes that hold every output of a line: the stride, and how far its inputs reach.
       unfolded: the same as entries times the constants that were folded in last, where nothing was added since.
     """
 
@@ -263,6 +264,7 @@ class Linear(Node):
     roundings: int = 0
     factors: tuple[Array, Array] | None = None
     apply: Callable[[Array, Array], Array] | None = None
+    rings: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     unfolded: Callable[[], Signal] | None = dataclasses.field(default=None, init=False)
 
     def norm(self, method: str) -> Array:

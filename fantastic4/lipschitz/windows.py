@@ -17,6 +17,7 @@ from fantastic4.lipschitz.nodes import Fixed, Reduced
 from fantastic4.lipschitz.pooling import Pool, window_pairs
 from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import Refused, Walk, evaluate, out_shape, rule
+from fantastic4.lipschitz.wrapped import wrapped
 
 
 @rule("reduce_window_sum")
@@ -47,6 +48,9 @@ def _reduce_sum(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         signal, axes = loss
     if not axes:
         return reshaped(signal, shape)
+    around = wrapped(signal, axes[0], walk.label(eqn)) if len(axes) == 1 else None
+    if around is not None:
+        return around
     count = math.prod(signal.shape[a] for a in axes)
     add = lambda x: jnp.sum(x, axis=axes)  # noqa: E731
     return whole(Reduced(walk.label(eqn), shape, (signal,), math.sqrt(count), linear=True, apply=add, axes=axes))
