@@ -21,6 +21,7 @@ from fantastic4.conv import ConvSpec, canonical, check_input_shape, geometry
 from fantastic4.entry import count, sizes
 from fantastic4.entry import mesh as one_mesh
 from fantastic4.linalg import krylov_top, real_array
+from fantastic4.now import now
 from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import gamma
 from fantastic4.supremum import Enclosure, OutputWave
@@ -156,7 +157,7 @@ def _scaled(value: float, exponent: int, outward: float) -> float:
 def _float64() -> Iterator[None]:
     """Float64 within, on a device that computes it as IEEE 754 says: a TPU does not. Now, whatever is being traced."""
     device = jax.devices("cpu")[0] if jax.default_backend() == "tpu" else None
-    with jax.enable_x64(True), jax.default_device(device), jax.ensure_compile_time_eval():
+    with jax.enable_x64(True), jax.default_device(device), now():
         yield
 
 

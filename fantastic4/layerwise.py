@@ -17,6 +17,7 @@ from fantastic4.devices import on_any_mesh
 from fantastic4.entry import choice
 from fantastic4.kernels import Layer, Select, Spec, Stacked, find, leaves_at, left_out
 from fantastic4.linalg import each
+from fantastic4.now import now
 from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import times_up
 from fantastic4.tables import at_most, columns
@@ -131,7 +132,7 @@ def report(
     leaves = leaves_at(params, layers)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
         raise ValueError("report writes a table of numbers, outside of jit: inside, call fantastic4.network.bounds")
-    with jax.ensure_compile_time_eval():
+    with now():
         found = bounds(params, layers, method=method)
     rows = []
     for layer in layers:

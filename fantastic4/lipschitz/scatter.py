@@ -20,6 +20,7 @@ from fantastic4.lipschitz.nodes import Joint, Sum, settled
 from fantastic4.lipschitz.scalars import shifted
 from fantastic4.lipschitz.sparse import added_up
 from fantastic4.lipschitz.trace import Walk, is_known, out_shape, rule, shape_and_dtype
+from fantastic4.now import now
 
 _DIGITS = 4096  # a place is two numbers below 2²⁴, which float32 holds
 
@@ -37,7 +38,7 @@ def _targets(eqn: core.JaxprEqn, where: Any) -> np.ndarray:
     p = {name: eqn.params[name] for name in names}
     if p["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
         p["mode"] = GatherScatterMode.FILL_OR_DROP
-    with jax.ensure_compile_time_eval():
+    with now():
         add = lambda x: lax.scatter_add(np.zeros(into.shape, np.float32), where, x, **p)  # noqa: E731
         transpose = jax.linear_transpose(add, new)
         place = 1 + np.arange(np.prod(into.shape, dtype=int)).reshape(into.shape)

@@ -24,6 +24,7 @@ from fantastic4.expression import X, size
 from fantastic4.lipschitz.entered import Entered, where_all
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
 from fantastic4.lipschitz.nodes import Input, settled
+from fantastic4.now import now
 
 _PATHS = sysconfig.get_paths()
 # JAX and its kin by themselves too: in stacked environments, or with pip --user, they live elsewhere.
@@ -274,7 +275,7 @@ def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 def at_once(*operands: Any) -> contextlib.AbstractContextManager[None]:
     """Where these are known, what is computed of them is known too, under ``jit`` as elsewhere."""
-    return jax.ensure_compile_time_eval() if all(map(is_known, operands)) else contextlib.nullcontext()
+    return now() if all(map(is_known, operands)) else contextlib.nullcontext()
 
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
