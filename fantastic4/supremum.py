@@ -189,7 +189,6 @@ class Enclosure:
         With a ``mesh`` every batch of frequencies is divided among its devices.
         """
         self.below, self.climb_each = _compiled(mesh)
-        self.climb_one = _compiled(None)[1]
         batch, *taps, c_in, c_out = kernels.shape
         self.kernels, self.taps = kernels, tuple(taps)
         self.batch, self.n = batch, min(c_in, c_out)
@@ -202,13 +201,14 @@ class Enclosure:
         self.lag_norms = np.asarray(self.prepared.lag_norms) + self.gram_slack
         self.triangle = self.lag_norms[0] + 2 * float(self.lag_norms[1:].sum())  # of G's coefficients: λ is below
         self.points_at_once = size(mesh) * symbol.at_once(1024, batch * self.n**2, symbol.CHUNK_ENTRIES)
+        # Few: an ascent from one point is by the same program.
+        self.climbs_at_once = size(mesh) * symbol.at_once(64, batch * self.n**2, symbol.CHUNK_ENTRIES // 4)
         self.best, self.angles, self.group = 0.0, np.zeros(len(taps)), 0
         self.vector = np.zeros(self.n, complex)
         self.tests = 0
 
-    def _batches(self, sizes: tuple[int, ...], points: np.ndarray) -> Iterator[tuple[slice, Array, Array]]:
+    def _batches(self, sizes: tuple[int, ...], points: np.ndarray, step: int) -> Iterator[tuple[slice, Array, Array]]:
         """Slices of one length, the last one filled up by repetition, so that one program serves all."""
-        step = self.points_at_once
         for begin in range(0, len(points), step):
             rows = np.minimum(np.arange(begin, begin + step), len(points) - 1)
             cosines, sines = symbol.turns(points[rows], sizes, symbol.lags(self.taps))
@@ -221,15 +221,16 @@ class Enclosure:
             return np.ones(len(points), bool)
         self.tests += len(points)
         with threads.one_each() if self.n <= threads.SMALL else contextlib.nullcontext():
-            parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in self._batches(sizes, points)]
+            batches = self._batches(sizes, points, self.points_at_once)
+            parts = [(s, self.below(self.prepared.gram, test, c, d)) for s, c, d in batches]
             return ~np.concatenate([np.asarray(ok)[: s.stop - s.start] for s, ok in parts])
 
     def climb(self, sizes: tuple[int, ...], points: np.ndarray, rounds: int = 1) -> np.ndarray:
         """Raise ``best`` to the largest sound Rayleigh quotient of these grid points; returns them, one a point."""
         angles = points * 2 * math.pi / np.array(sizes)
         values = np.zeros(len(points))
-        random = np.random.default_rng(0).standard_normal((2, self.points_at_once, self.batch, self.n))
-        for s, c, d in self._batches(sizes, points):
+        random = np.random.default_rng(0).standard_normal((2, self.climbs_at_once, self.batch, self.n))
+        for s, c, d in self._batches(sizes, points, self.climbs_at_once):
             top = _Top(jnp.zeros(()), jnp.asarray(random[0] + 1j * random[1]))
             for _ in range(rounds):
                 top = self.climb_each(self.prepared.gram, c, d, top.vector)
@@ -265,10 +266,10 @@ class Enclosure:
                 c, s = self._free_turns(near)
                 height = c @ cosine + s @ sine
                 angles, step = near[height.argmax()], step * 0.6
-            start = np.zeros((1, self.batch, self.n), complex)
+            start = np.zeros((self.climbs_at_once, self.batch, self.n), complex)
             start[0, self.group] = self.vector
-            c, s = self._free_turns(angles[None])
-            top = self.climb_one(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), jnp.asarray(start))
+            c, s = self._free_turns(np.tile(angles, (self.climbs_at_once, 1)))
+            top = self.climb_each(self.prepared.gram, jnp.asarray(c), jnp.asarray(s), jnp.asarray(start))
             value = float(top.value[0, self.group])
             self._record(value, angles, self.group, np.asarray(top.vector[0, self.group]))
             if self.best <= before * (1 + 1e-6):
