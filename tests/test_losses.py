@@ -83,6 +83,9 @@ OTHERS = {
     "five times a logit": (lambda z: nn.logsumexp(z) - 5 * z[2], ONE),
     "one label for all": (lambda z: nn.logsumexp(z, -1) - z[0, 0], SOME),
     "weights along the other axis": (lambda z: jnp.sum(ANY * nn.log_softmax(z, 0), 1), SOME),
+    "weights along an axis of one": (
+        lambda z: jnp.sum(np.float32([[1], [-1], [0], [0], [0]]) * nn.log_softmax(z, 0), 1), (CLASSES, 1)
+    ),
     "weights over both": (lambda z: jnp.sum(ANY * nn.log_softmax(z)), SOME),
     "entries of two sums less one another": (lambda z: nn.log_softmax(z)[0] - nn.log_softmax(z)[1], SOME),
     "one that is read twice": (lambda z: nn.log_softmax(z)[np.array([2, 2, 0])], ONE),
