@@ -102,7 +102,7 @@ def attack(
         raise ValueError(f"epsilon must be a number or one for each of {len(x)} examples, got {epsilon.shape}")
     if not isinstance(labels, jax.core.Tracer) and not np.all((labels >= 0) & (labels < classes)):
         raise ValueError(f"labels must be classes from 0 to {classes - 1}, got {np.unique(labels)}")
-    if not isinstance(epsilon, jax.core.Tracer) and not np.all(epsilon >= 0):
-        raise ValueError(f"epsilon must be a number that is not negative, got {epsilon}")
+    if not isinstance(epsilon, jax.core.Tracer) and not np.all((epsilon >= 0) & (epsilon < np.inf)):
+        raise ValueError(f"epsilon must be a finite number that is not negative, got {epsilon}")
     sizes = jnp.broadcast_to(epsilon, (len(x),)).reshape(-1, *[1] * (x.ndim - 1))
     return _attack(classifier.precise(fn), x, labels, sizes, key, steps, restarts)

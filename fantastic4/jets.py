@@ -204,6 +204,7 @@ def _chain(op: str, p: Jet) -> Jet:
     value, first, second = _unary(op, p.value)
     bend = second.times(p.slope.square()).plus(first.times(p.bend))
     straight = (p.slope.lo == 0) & (p.slope.hi == 0) & (p.bend.lo == 0) & (p.bend.hi == 0)
+    straight &= np.isfinite(value.lo) & np.isfinite(value.hi)
     nothing = _same(0.0, value.lo)  # a constant: not 0 · ∞
     return Jet(value, nothing.where(straight, first.times(p.slope)), nothing.where(straight, bend))
 

@@ -532,6 +532,28 @@ def test_what_vanishes_in_between_is_not_nothing(name):
     assert float(lipschitz.curvature(net, jnp.ones((1, 1))).upper) >= w**2 * v / 4
 
 
+SUBNORMAL = np.full((4, 3), 1e-39, np.float32)
+SUBNORMAL[0, 0] = 2e-39
+FLUSHED = {
+    "a matrix": (lambda x: (jax.nn.softplus(x) @ SUBNORMAL[:, :1])[0] * 1e38, 0.05),
+    "scales": (lambda x: (jax.nn.softplus(x) * SUBNORMAL[:, 0]).sum() * 1e38, 0.05),
+    "a first matrix": (lambda x: jnp.sum(jax.nn.softplus(x @ (SUBNORMAL * np.float32(1e5)))) * 1e38, 0.25e-30),
+    "a first matrix, all of it": (lambda x: jnp.sum(jnp.cos(x @ SUBNORMAL)) * 1e38 * 1e38, 3e-2),
+}
+
+
+@pytest.mark.parametrize("name", FLUSHED)
+def test_constants_that_compilers_take_for_nothing_are_not(name):
+    fn, least = FLUSHED[name]
+    assert float(lipschitz.curvature(fn, jnp.ones(4)).value) >= least
+
+
+def test_constants_that_overflow_are_no_small_bound():
+    """Infinity, and not 0 · ∞."""
+    fn = lambda x: jnp.sum(jax.nn.softplus(x @ np.full((4, 4), 1e-30, np.float32))) * 1e30 * 1e20
+    assert float(lipschitz.curvature(fn, jnp.ones(4)).value) >= 0.25 * 16 * 1e-10
+
+
 def test_functions_whose_other_units_tell_nothing():
     """The flattest line of it is not the one to search in."""
     huber = lambda y: jnp.where(y < 0, 0.0, jnp.where(y < 1, 0.5 * y * y, y - 0.5))

@@ -442,6 +442,14 @@ BOUNDED = {
     "root, at least": (lambda x: x / jnp.maximum(jnp.sqrt(jnp.sum(x**2) + 4), 0.5), 0.5),
     "normalised functions": (lambda x: jnp.sin(x) / (jnp.linalg.norm(jnp.sin(x)) + 0.5), 2.0),
     "RMS norm, new": (lambda x: nn.RMSNorm(epsilon=0.25).apply({"params": {"scale": np.ones(3)}}, x), 2.0),
+    # bounded: products of what a softmax, a sort, an end of a row make
+    "product of softmax and tanh": (lambda x: nn.softmax(x) * jnp.tanh(x), 1.5),
+    "product of what is sorted": (lambda x: jnp.sort(jnp.tanh(x)) * jnp.sin(x), 2.0),
+    "product with the largest": (lambda x: jnp.tanh(x).max(1, keepdims=True) * jnp.tanh(x), 1 + 3**0.5),
+    "product of both side by side": (
+        lambda x: jnp.concatenate([jnp.tanh(x[0]), jnp.sin(x[1])]) * jnp.cos(x).ravel(),
+        2.0,
+    ),
     # means.py
     "layer norm with scales": (
         lambda x: nn.LayerNorm(epsilon=0.25).apply({"params": {"scale": DYADIC, "bias": DYADIC}}, x),
@@ -674,7 +682,7 @@ def ring(x, kernel, period, stride=1, cut=0, pads=None):
     return jnp.pad(y, ((0, 0), (0, -y.shape[1] % period), (0, 0))).reshape(1, -1, period, y.shape[2]).sum(1)
 
 
-SIGNED, ODD, UNEVEN = (
+SIGNED, RUGGED, UNEVEN = (
     np.array(taps, DTYPE).reshape(-1, 1, 1) for taps in ([1, -1, 1, 1], [3, 3, -2, 1], [-1, 2, 3, 1])
 )
 AROUND = {
@@ -683,10 +691,10 @@ AROUND = {
     "inputs that meet on the ring": (lambda x: ring(x, np.ones((3, 1, 1), DTYPE), 2), (1, 4, 1), None),
     "a ring of no whole strides": (lambda x: ring(x, SIGNED, 5, 2), (1, 3, 1), None),
     "inputs between others": (lambda x: ring(x, SIGNED, 3, 2), (1, 3, 1), None),
-    "some outputs cut off": (lambda x: ring(x, ODD, 4, 1, 2), (1, 4, 1), None),
-    "some outputs cut off, the other way": (lambda x: ring(x, ODD[::-1], 4, 1, 2), (1, 4, 1), None),
-    "some outputs never made": (lambda x: ring(x, ODD, 4, 1, 0, (1, 3)), (1, 4, 1), None),
-    "some never made, the other way": (lambda x: ring(x, ODD[::-1], 4, 1, 0, (1, 3)), (1, 4, 1), None),
+    "some outputs cut off": (lambda x: ring(x, RUGGED, 4, 1, 2), (1, 4, 1), None),
+    "some outputs cut off, the other way": (lambda x: ring(x, RUGGED[::-1], 4, 1, 2), (1, 4, 1), None),
+    "some outputs never made": (lambda x: ring(x, RUGGED, 4, 1, 0, (1, 3)), (1, 4, 1), None),
+    "some never made, the other way": (lambda x: ring(x, RUGGED[::-1], 4, 1, 0, (1, 3)), (1, 4, 1), None),
     "turned around": (lambda x: ring(x, SIGNED, 4)[:, ::-1] + ring(x, SIGNED, 4), (1, 4, 1), None),
     "halves reversed in one array": (
         lambda x: (lambda y: jnp.stack([y[:, :4], y[:, :3:-1]]).sum(0))(
@@ -697,6 +705,21 @@ AROUND = {
     ),
     "channels added up": (lambda x: conv(x, STACK[:, :1], 1, (1, 1)).reshape(1, -1, 2, 2).sum(2), (1, 3, 1), None),
 }  # fmt: skip
+
+
+STRIDED = [(mode, s, n) for mode in ("CIRCULAR", "REFLECT") for s, n in ((2, 8), (3, 9), (3, 8))]
+
+
+@pytest.mark.parametrize(("mode", "strides", "n"), STRIDED)
+def test_strided_convolutions_with_padding_around(mode, strides, n):
+    """Where strides divide the ring it is the strided kernel that counts, not the whole one."""
+    layer, shape = nn.Conv(4, (3,), strides, mode), (1, n, 2)
+    kernel = np.random.default_rng(8).standard_normal((3, 2, 4)).astype(DTYPE)
+    fn = lambda x: layer.apply({"params": {"kernel": kernel, "bias": np.zeros(4, DTYPE)}}, x)
+    found = bound(fn, shape)
+    assert_sound(found, steepest_seen(fn, shape, np.zeros((1, math.prod(shape)))))
+    known = f4.bound(kernel, f4.ConvSpec(strides)) * (2**0.5 if mode == "REFLECT" else 1)
+    assert found <= known * (1 + 1e-5) or n % strides
 
 
 @pytest.mark.parametrize("name", AROUND)
@@ -1181,6 +1204,11 @@ def blurred(x):
 
 JUMPS = {
     "sign": (lambda x: jnp.sign(x), "'sign'", "Leave it out"),
+    "a type without a sign": (
+        lambda x: jnp.where(jnp.isnan(x.astype(jnp.float8_e8m0fnu)), 9.0, x), "'ne'", "is not a number"
+    ),
+    "a mask over what is no number": (lambda x: (x > 1).astype(x.dtype) * jnp.log(x), "'mul'", "jumps at 1"),
+    "a logarithm of nothing": (lambda x: x + jnp.log(0 * x - 7), "'add'", "no finite bound"),
     "sign times what is not 0": (lambda x: jnp.sign(x) * (1 + x), "'mul'", "it jumps at 0"),
     "sign about another place": (lambda x: jnp.sign(x - 1) * x, "'mul'", "it jumps at 1"),
     "a square of signs": (lambda x: jnp.sign(x) * jnp.sign(x), "'mul'", "at 0"),
@@ -1315,6 +1343,22 @@ def test_errors_name_operation_and_remedy(name):
     assert operation in str(caught.value)
 
 
+NO_NUMBERS = {
+    "added": lambda x: jnp.tanh(x + jnp.nan),
+    "subtracted from": lambda x: jnp.nan - x,
+    "multiplied": lambda x: x * jnp.nan,
+    "divided by": lambda x: x / jnp.nan,
+    "maximum": lambda x: jnp.maximum(x, jnp.nan),
+    "clipped": lambda x: jnp.clip(x, jnp.nan, 1.0),
+    "clipped above": lambda x: lax.clamp(0.0, x, np.full(x.shape, np.nan, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_constants_that_are_no_numbers_are_told(name):
+    assert np.isnan(bound(NO_NUMBERS[name], S))
+
+
 def test_one_comparison_that_chooses_for_all_entries():
     same = lambda x: jnp.where(x[0, 0] > 1, jnp.ones(6), jnp.ones(6))[1:].reshape(5, 1)
     assert bound(same, S) == 0
@@ -1367,6 +1411,17 @@ def test_errors_name_the_module():
     variables = Jumps().init(jax.random.key(0), jnp.ones(S))
     with pytest.raises(lipschitz.UnboundedError, match=r"'floor' in Jumps \(test_lipschitz\.py:\d+ in .*__call__\)"):
         bound(lambda x: Jumps().apply(variables, x), S)
+
+
+def test_wrong_methods_and_narrow_inputs():
+    for method in (None, ["four"], "five"):
+        with pytest.raises(ValueError, match="unknown method"):
+            bound(jnp.tanh, S, method=method)
+    with pytest.raises(ValueError, match="maps globs of layer names"):
+        bound(jnp.tanh, S, method={3: "four"})
+    with pytest.raises(ValueError, match="16 bits a number or more"):
+        lipschitz.bound(jnp.tanh, jnp.ones(3, jnp.float8_e4m3fn))
+    assert lipschitz.bound(jnp.tanh, np.ones(3)).value.dtype == jnp.float32  # of float64 without x64, no warning
 
 
 def test_bad_input():

@@ -1,5 +1,6 @@
 """Losses of logits: never below dense Jacobians and Hessians of plain JAX, and equal to what is known."""
 
+import functools
 import os
 
 import jax
@@ -20,6 +21,7 @@ ONE, SOME = (CLASSES,), (BATCH, CLASSES)
 HOT = np.eye(CLASSES, dtype=np.float32)[2]
 SOFT = RNG.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
 ANY = RNG.standard_normal(SOME).astype(np.float32)
+SLOPES = np.float32([1, 2, 3, 1.5, 0.5])
 LABELS = np.array([1, 4, 4])
 
 
@@ -67,12 +69,16 @@ KNOWN = {
     ),
     "all entries of one": (lambda z: nn.log_softmax(z)[1], SOME, CLASSES**0.5, CLASSES**0.5 / 2),
     "less logsumexp": (lambda z: z - nn.logsumexp(z, -1, keepdims=True), SOME, CLASSES**0.5, CLASSES**0.5 / 2),
+    "logsumexp less all": (
+        lambda z: nn.logsumexp(z, -1)[:, None] - z, SOME, CLASSES**0.5, CLASSES**0.5 / 2
+    ),
     "the difference of two": (lambda z: nn.log_softmax(z)[0] - nn.log_softmax(z)[3], ONE, 2**0.5, 0.0),
     "differences of a batch": (
         lambda z: nn.log_softmax(z)[:, :1] - nn.log_softmax(z)[:, 1:], SOME, CLASSES**0.5, 0.0
     ),
     "sigmoid": (lambda z: optax.sigmoid_binary_cross_entropy(z, SOFT), SOME, max(SOFT.max(), 1 - SOFT.min()), None),
     "sigmoid, hard": (lambda z: optax.sigmoid_binary_cross_entropy(z, HOT).sum(), ONE, CLASSES**0.5, None),
+    "snake, a slope for each": (lambda z: z + jnp.sin(SLOPES * z) ** 2 / SLOPES, SOME, 2.0, None),
     "huber": (lambda z: optax.huber_loss(z, ANY, delta=0.5), SOME, 0.5, None),
 }  # fmt: skip
 # What looks alike.
@@ -130,7 +136,7 @@ def test_constants_of_losses(name):
     found = float(lipschitz.bound(fn, x).value)
     assert first * (1 - 1e-12) <= found
     assert exact * (1 - 1e-7) <= found <= exact * (1 + 1e-4)
-    if name != "sigmoid" and not name.startswith("huber"):
+    if name != "sigmoid" and not name.startswith(("huber", "snake")):
         assert first >= 0.75 * exact  # so the constant is of this function
     curved = float(lipschitz.curvature(fn, x).value)
     assert second * (1 - 1e-12) <= curved
@@ -163,6 +169,51 @@ def test_weights_of_every_size_and_none():
     many[17] = np.nan
     assert np.isnan(lipschitz.bound(lambda z: loss(z, many), jnp.zeros(5000)).value)
     assert np.isnan(lipschitz.bound(lambda z: z * many + jnp.tanh(z) * many[::-1], jnp.zeros(5000)).value)
+
+
+TINY, SMALL = np.float32([1, 2, 3, 4]) * np.float32(1e-25), np.float32([1, 2, 3, 4]) * np.float32(1e-20)
+VANISHING = {
+    "weights of weights": (lambda z: (((nn.log_softmax(z) * 1e20) * TINY) * 1e-25).sum() * 1e30, largest(TINY * 1e25)),
+    "squares of weights": (lambda z: (nn.log_softmax(z) * TINY * TINY).sum() * 1e30, 1e-20),
+    "subnormal weights": (lambda z: (nn.log_softmax(z) @ np.full(4, 1e-42, np.float32)) * 1e30, 6e-12),
+    "functions of the same entries": (
+        lambda z: (((1e20 * z) * SMALL) * 1e-25 + ((1e20 * jnp.abs(z)) * SMALL) * 1e-25) * 1e25, 8.0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_weights_that_vanish_on_the_way(name):
+    fn, least = VANISHING[name]
+    assert least * (1 - 1e-6) <= float(lipschitz.bound(fn, jnp.zeros(4)).value)
+
+
+def test_weights_that_are_large_on_the_way():
+    found = lipschitz.bound(lambda z: ((nn.log_softmax(z) * 1e30) * (SMALL * 1e35)).sum() * 1e-30, jnp.zeros(4)).value
+    assert largest(SMALL * 1e35) <= found <= largest(SMALL * 1e35) * (1 + 1e-4)
+    huge = lambda z: functools.reduce(lambda a, _: a * 1e30, range(12), nn.log_softmax(z)).sum()
+    assert lipschitz.bound(huge, jnp.zeros(4)).value == np.inf
+
+
+def test_roundings_of_many_weights_count():
+    """Scales whose products are rounded down, each time, in float32."""
+    rng = np.random.default_rng(0)
+    product, scales, exact = np.float32(1), [], 1.0
+    for _ in range(200):
+        drawn = rng.uniform(0.8, 1.2, 2000).astype(np.float32)
+        rounded = (product * drawn).astype(np.float32)
+        lost = np.float64(rounded) / (np.float64(product) * np.float64(drawn))
+        pick = np.argmin(np.where((rounded > 1) & (rounded < 1.3), lost, 2))
+        scales.append(drawn[pick])
+        product, exact = rounded[pick], exact * np.float64(drawn[pick])
+    scaled = lambda z: functools.reduce(
+        lambda y, c: y * np.float32([c, 0, 0, 0]), scales[::-1], nn.log_softmax(z)
+    ).sum()
+    assert 2**0.5 * exact * (1 - 1e-7) <= lipschitz.bound(scaled, jnp.zeros(4)).value <= 2**0.5 * exact * (1 + 1e-3)
+
+
+def test_classes_that_are_none():
+    assert lipschitz.bound(lambda z: nn.log_softmax(z).sum(), jnp.ones((2, 0))).value == 0
 
 
 def test_labels_that_are_not_known_while_tracing():

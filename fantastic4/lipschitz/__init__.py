@@ -83,8 +83,11 @@ class Bound:
 
 def _numbers(traced: Traced, method: Method) -> ByName:
     """The user's ``method``, checked."""
-    globs = {"*": method} if isinstance(method, str) else dict(method)
+    globs = method if isinstance(method, Mapping) else {"*": method}
     check = choice(*METHODS, "interval")
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise ValueError(f"method maps globs of layer names to methods, got the key {glob!r}")
     return ByName(traced.dtype, {glob: check("method", word) for glob, word in globs.items()})
 
 
@@ -211,6 +214,11 @@ class Curvature(NamedTuple):
         return jnp.maximum(self.lower, self.upper)
 
 
+def _smaller(found: Array, composed: Array) -> Array:
+    """The smaller of two bounds, of which one may have met 0 · ∞ where the other is infinite."""
+    return jnp.where(jnp.isnan(found) & (composed == jnp.inf), jnp.inf, jnp.minimum(found, composed))
+
+
 @usual_promotion
 def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Curvature:
     r"""Sound bounds of the eigenvalues of the Hessian of a function, for all inputs: -m ≤ ∇²f ≤ M.
@@ -248,7 +256,7 @@ def curvature(fn: Callable[..., Any], x: Any, *, method: Method = "four") -> Cur
     found = None
     if len(traced.outputs) == 1 and math.prod(traced.outputs[0].shape) == 1:
         found = hessians(nodes, traced.outputs[0], jnp.ones((1, 1), traced.dtype), how)
-    return Curvature(composed, composed) if found is None else Curvature(*jnp.minimum(found[0], composed))
+    return Curvature(composed, composed) if found is None else Curvature(*_smaller(found[0], composed))
 
 
 @usual_promotion
@@ -289,5 +297,5 @@ def margin_curvatures(fn: Callable[..., Any], x: Any, *, method: Method = "four"
     first, last = np.triu_indices(classes, 1)
     seeds = (jnp.eye(classes)[first] - jnp.eye(classes)[last]).astype(traced.dtype)
     found = hessians(nodes, logits, seeds, how)
-    both = jnp.broadcast_to(composed, (len(seeds), 2)) if found is None else jnp.minimum(found, composed)
+    both = jnp.broadcast_to(composed, (len(seeds), 2)) if found is None else _smaller(found, composed)
     return jnp.zeros((classes, classes), traced.dtype).at[first, last].set(both[:, 0]).at[last, first].set(both[:, 1])

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fantastic4.expression import affine
+from fantastic4.lipschitz.fixed import SILENT, Fixed, Scaled
 from fantastic4.lipschitz.graph import Node, Signal
-from fantastic4.lipschitz.nodes import SILENT, Fixed, Joint, Scaled, Sum
+from fantastic4.lipschitz.nodes import Joint, Sum
 from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import is_known
 

@@ -11,9 +11,10 @@ import numpy as np
 from jax.extend import core
 
 from fantastic4.expression import Expr, X, affine, const
+from fantastic4.lipschitz.fixed import Scaled
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
-from fantastic4.lipschitz.nodes import Joint, Linear, Lines, Scaled, settled
+from fantastic4.lipschitz.nodes import Joint, Linear, Lines, settled
 from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
 from fantastic4.lipschitz.trace import COMPLEX, Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 

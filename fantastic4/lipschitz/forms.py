@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fantastic4.expression import Expr, const
+from fantastic4.values import is_total
 
 _ONE, _ZERO = const(1.0), const(0.0)
 
@@ -62,8 +63,9 @@ def _under(mask: Expr, other: Expr) -> Expr:
 
 def _masked(a: Expr, b: Expr) -> Expr | None:
     """The product with a mask, 1 where x > 0 and 0 elsewhere, as a choice: it may go on where the mask jumps."""
-    # Of zeros alone, what is hidden would not be seen any more.
-    return next((_under(mask, other) for mask, other in ((a, b), (b, a)) if _is_mask(mask)), None)
+    # Of zeros alone, what is hidden would not be seen any more; nor what is no number where the mask is 0.
+    pairs = ((a, b), (b, a))
+    return next((_under(mask, other) for mask, other in pairs if _is_mask(mask) and is_total(other)), None)
 
 
 def known(expr: Expr) -> Expr:

@@ -17,6 +17,7 @@ above the S/r recursion of Singla & Feizi (2020), which takes |W| for the interv
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,10 +30,11 @@ from fantastic4 import dense
 from fantastic4.devices import vary_as
 from fantastic4.expression import Expr, affine
 from fantastic4.linalg import map_rows
+from fantastic4.lipschitz.fixed import Fixed, Input, Scaled
 from fantastic4.lipschitz.graph import Node, Signal, multiplicity
-from fantastic4.lipschitz.nodes import Fixed, Input, Joint, Linear, Scaled, Sum
+from fantastic4.lipschitz.nodes import Joint, Linear, Sum
 from fantastic4.lipschitz.numbers import SMOOTH, Numbers, of_one_number
-from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
+from fantastic4.rounding import constant_up, gamma, product_up, round_up, subnormal_norm, unit_roundoff
 from fantastic4.scalar import extremes
 
 
@@ -59,10 +61,12 @@ def _size(span: Span) -> Array:
 
 
 def _times(span: Span, low: float, high: float) -> Span:
-    """An interval times a number between two, which as a float of this type may vanish."""
-    tiny = float(jnp.finfo(span.low.dtype).tiny)
+    """An interval times a number between two, which as a float of this type may vanish, or be infinite."""
+    info = jnp.finfo(span.low.dtype)
+    tiny, most = float(info.tiny), float(info.max)
     low = low if abs(low) >= tiny else (-tiny if low < 0 else 0.0)
     high = high if abs(high) >= tiny else (tiny if high > 0 else 0.0)
+    low, high = (end if abs(end) <= most else math.copysign(math.inf, end) for end in (low, high))
     products = [span.low * low, span.low * high, span.high * low, span.high * high]
     smallest = functools.reduce(jnp.minimum, products)
     largest = functools.reduce(jnp.maximum, products)
@@ -71,6 +75,12 @@ def _times(span: Span, low: float, high: float) -> Span:
 
 class _Unknown(Exception):
     """This graph holds a node that no derivative is taken through here."""
+
+
+def _vanished(constants: Array, span: Span) -> Array:
+    """What subnormal constants, which compilers take for 0, times an interval add up to at most; 0 of none."""
+    lost = subnormal_norm(constants)
+    return jnp.where(lost > 0, lost * jnp.sum(_size(span)), 0)
 
 
 def _back(node: Node, span: Span) -> list[Span]:
@@ -90,6 +100,8 @@ def _back(node: Node, span: Span) -> list[Span]:
         high = transposed(positive, span.high) + transposed(negative, span.low)
         terms = 2 * kernel.size // max(1, kernel.shape[-2]) + 4 + node.roundings
         error = transposed(jnp.abs(kernel), _size(span)) * (1.01 * gamma(terms, dtype))
+        # Products that vanish, and entries that do.
+        error += terms * float(jnp.finfo(dtype).tiny) + _vanished(kernel, span)
         return [_widen(low - error, high + error, 2 * unit_roundoff(dtype))]
     if isinstance(node, Sum):
         other = span if node.sign > 0 else Span(-span.high, -span.low)
@@ -102,8 +114,8 @@ def _back(node: Node, span: Span) -> list[Span]:
         ]
     if isinstance(node, Scaled):
         by = jnp.broadcast_to(node.by, node.shape).astype(dtype)
-        ends = span.low * by, span.high * by
-        return [_widen(jnp.minimum(*ends), jnp.maximum(*ends), 4 * unit_roundoff(dtype))]
+        ends, lost = (span.low * by, span.high * by), _vanished(by, span)
+        return [_widen(jnp.minimum(*ends) - lost, jnp.maximum(*ends) + lost, 4 * unit_roundoff(dtype))]
     if isinstance(node, Fixed) and node.linear and node.apply is not None:
         (signal,) = node.inputs
         like = vary_as(jnp.zeros(signal.shape, dtype), span)
@@ -176,6 +188,7 @@ class _Terms:
         some = jnp.max(root, axis=1) > 0
         vanished = constant_up(float(jnp.finfo(self.how.dtype).tiny) * matrix.size**0.5, self.how.dtype)
         self.lost.append(jnp.where(some, vanished, 0))
+        self.lost.append(jnp.max(root, axis=1) * subnormal_norm(matrix.astype(self.how.dtype)))
         if not isinstance(lost, float):
             self.lost.append(jnp.max(root, axis=1) * lost)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -80,6 +81,11 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return whole(node)
 
 
+def _is_tighter_copied(padding: str, taps: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a bound of the padded entries is smaller: strides above 2 need not divide a mirrored signal's period."""
+    return padding == "REFLECT" and any(s > 2 and k > 1 for k, s in zip(taps, strides, strict=True))
+
+
 @rule("conv_general_dilated")
 def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, kernel = operands
@@ -107,9 +113,12 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     source, around = signal, None
     if not dilated and signal.index is not None:
         found = patterns.padded(signal, numbers.lhs_spec[2:], arranged.shape[:-2], p)
-        if found is not None:
+        if found is not None and not _is_tighter_copied(found[1], arranged.shape[:-2], p["window_strides"]):
             source, padding, around = found
-            spec = dataclasses.replace(spec, padding=padding)
+            # Around a ring that strides divide it has the norm of one with zeros around it.
+            lengths = [source.shape[a] for a in numbers.lhs_spec[2:]]
+            if padding != "CIRCULAR" or any(n % s for n, s in zip(lengths, p["window_strides"], strict=True)):
+                spec = dataclasses.replace(spec, padding=padding)
 
     def apply(kernel: Any, x: Any) -> Any:
         back = jnp.transpose(kernel, [int(a) for a in np.argsort((*spatial, inputs, output))])

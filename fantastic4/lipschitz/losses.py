@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from fantastic4.expression import X, affine
+from fantastic4.lipschitz.fixed import SILENT, Fixed, LogSoftmax, LogSumExp, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, multiplicity, whole
-from fantastic4.lipschitz.nodes import SILENT, Fixed, LogSoftmax, LogSumExp, Scaled
 from fantastic4.lipschitz.trace import at_once
+from fantastic4.lipschitz.weights import Weights, number, weights
 from fantastic4.rounding import gamma, round_up
 
 
@@ -141,25 +143,27 @@ def weighed(
       The sum over log-softmax's axes alone, and over which of its axes it is still to be summed; None for what is not
       known to be that.
     """
-    by = jnp.ones((), jnp.result_type(float)) if by is None else by
+    dtype = jnp.result_type(float)
+    with at_once(by):
+        total = number(Fraction(1), dtype) if by is None else weights(by)
     while True:
         node, straight = signal.node, affine(signal.expr)
         if straight is None or signal.index is not None or signal.shape != node.shape:
             return None
-        with at_once(by):
-            by = by * float(straight[0])
+        with at_once(total.values):
+            total = total if straight[0] == 1 else total.times(number(straight[0], dtype))
         if isinstance(node, LogSoftmax):
             break
         if isinstance(node, Scaled):
-            with at_once(by, node.by):
-                by = by * node.by
+            with at_once(total.values, node.by):
+                total = total.times(weights(node.by))
         elif not (isinstance(node, Fixed) and node.linear and node.label.operation == SILENT):
             return None
         (signal,) = node.inputs
     if not set(node.axes) <= set(axes):
         return None
-    with at_once(by):
-        factor, bend = _of_weights(jnp.broadcast_to(by, node.shape), node.axes)
+    with at_once(total.values):
+        factor, bend = _of_weights(total, node.shape, node.axes)
     name = dataclasses.replace(label, operation="cross_entropy")
     left = [a for a in range(len(node.shape)) if a not in node.axes]
     shape = tuple(node.shape[a] for a in left)
@@ -167,22 +171,24 @@ def weighed(
     return whole(loss), tuple(place for place, a in enumerate(left) if a in axes)
 
 
-def _of_weights(y: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def _of_weights(by: Weights, shape: Sequence[int], axes: Sequence[int]) -> tuple[Array, Array]:
     """The largest ‖y - (Σy) e_k‖ and |Σy| / 2 over all k and all sums over axes.
 
     The square is Σy² + (Σy)² - 2 (Σy) y_k: it is largest for the smallest y_k or for the largest.
     """
-    error = gamma(math.prod(y.shape[a] for a in axes) + 16, y.dtype)
-    largest = jnp.max(jnp.abs(y), initial=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    y = y / unit
+    y = jnp.broadcast_to(by.values, shape)
+    if not y.size:
+        return jnp.zeros((), y.dtype), jnp.zeros((), y.dtype)
+    count = math.prod(shape[a] for a in axes)
+    error = gamma(count + 16, y.dtype)
     total, size, squares = (jnp.sum(part, axis=axes) for part in (y, jnp.abs(y), y * y))
     ends = [2 * total * end(y, axis=axes) for end in (jnp.min, jnp.max)]
     square = squares + total * total - jnp.minimum(*ends)
     # Relative to what may have cancelled; no part is above this.
-    square = jnp.max(square + 4 * error * (squares + size * size), initial=0)
-    bend = jnp.max(jnp.abs(total) + error * size, initial=0) / 2
-    # Asked of every weight: on a CPU, a maximum over thousands may drop a NaN.
-    unit = jnp.where(jnp.all(jnp.isfinite(y)), unit, jnp.nan)
+    square = jnp.max(square + 4 * error * (squares + size * size))
     root = jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
-    return round_up(root * unit, 8), round_up(bend * unit, 8)
+    bend = jnp.max(jnp.abs(total) + error * size) / 2
+    # By what the weights may be off, each of them; where one is none, neither is the sum.
+    off = round_up(by.error * count, 2) + 0 * by.largest
+    factor, bend = (by.up(round_up(part + 2 * off, 8)) for part in (root, bend))
+    return factor, bend

@@ -7,9 +7,9 @@ import math
 from fractions import Fraction
 
 from fantastic4.expression import Expr, X, affine, multiple_of, parts
+from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import reshaped
-from fantastic4.lipschitz.nodes import Fixed
 from fantastic4.lipschitz.patterns import spread_of, summed
 
 

@@ -14,6 +14,7 @@ from jax.extend import core
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.losses import picked
 from fantastic4.lipschitz.nodes import Joint, settled
+from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
 
 
@@ -111,7 +112,8 @@ def concatenate(operands: Sequence[Any], axis: int, label: Label) -> Signal:
     cuts = np.cumsum([np.shape(o)[axis] if not isinstance(o, Signal) else o.shape[axis] for o in operands])[:-1]
     pieces = zip(operands, np.split(places, cuts, axis), strict=True)
     where = tuple(part for operand, part in pieces if isinstance(operand, Signal))
-    return whole(Joint(label, tuple(shape), tuple(signals), where=where))
+    most = max(map(largest, signals)) if len(signals) == len(operands) else math.inf
+    return whole(Joint(label, tuple(shape), tuple(signals), where=where, most=most))
 
 
 @rule("concatenate")

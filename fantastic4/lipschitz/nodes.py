@@ -15,135 +15,13 @@ from jax import Array, lax
 from fantastic4 import dense
 from fantastic4.bounds import bound
 from fantastic4.conv import ConvSpec, canonical
-from fantastic4.expression import X, affine
+from fantastic4.expression import X
 from fantastic4.interval import norm_interval
+from fantastic4.lipschitz.entrywise import steepest_sum
+from fantastic4.lipschitz.fixed import SILENT, Fixed
 from fantastic4.lipschitz.graph import Label, Node, Signal
 from fantastic4.lipschitz.numbers import Numbers, slope_together
 from fantastic4.rounding import constant_up, gamma, product_up, round_up, unit_roundoff
-from fantastic4.scalar import extremes
-
-SILENT = "shift"
-"""The operation of nodes that change no constant: no row is written for them."""
-
-
-@dataclasses.dataclass(eq=False)
-class Input(Node):
-    """The function's input itself."""
-
-    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
-        """1."""
-        return jnp.ones((), how.dtype)
-
-    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
-        """0."""
-        return jnp.zeros((), how.dtype)
-
-
-@dataclasses.dataclass(eq=False)
-class Fixed(Node):
-    """An operation with a Lipschitz constant of its own.
-
-    Attributes:
-      factor: the constant.
-      linear: whether it is linear, up to a constant.
-      bend: the Lipschitz constant of its derivative, where it is not linear and that is known.
-      apply: the linear map, where its coefficients are all 0 or positive.
-    """
-
-    factor: float | Array = 1.0
-    linear: bool = False
-    bend: float | Array | None = None
-    apply: Callable[[Array], Array] | None = None
-
-    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
-        """Factor times the constant of its inputs, taken together."""
-        together = how.root_sum_squares(given)
-        return together if isinstance(self.factor, float) and self.factor == 1 else how.times(self.factor, together)
-
-    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
-        """Factor times that of its inputs; of what is not linear, and bend times their constants squared."""
-        if not self.linear and self.bend is None:
-            return super().curvature(given, how)
-        linear = how.times(self.factor, how.root_sum_squares([second for _, second in given]))
-        if self.linear or self.bend is None:
-            return linear
-        first = how.root_sum_squares([first for first, _ in given])
-        return how.sum([linear, how.times(self.bend, first, first)])
-
-
-@dataclasses.dataclass(eq=False)
-class Scaled(Fixed):
-    """Entries times constants.
-
-    Attributes:
-      by: the constants, of a shape that broadcasts to the node's.
-    """
-
-    by: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
-
-
-def _steepest_sum(signals: Sequence[Signal], signs: Sequence[int]) -> tuple[Signal, Array] | None:
-    """Of constants times functions of the same entries those entries, and the steepest slope of any entry's sum.
-
-    Of b log σ(z) + (1 - b) log σ(-z) the slopes are b times one between 0 and 1, and 1 - b times one between -1 and 0.
-    """
-    parts: list[tuple[Signal, Array | None]] = []
-    for signal, sign in zip(signals, signs, strict=True):
-        node, straight = signal.node, affine(signal.expr)
-        if isinstance(node, Scaled) and signal.index is None and signal.shape == node.shape and straight is not None:
-            parts.append((node.inputs[0], node.by * (sign * float(straight[0]))))
-        else:
-            parts.append((signal, None))
-    base = parts[0][0]
-    if all(by is None for _, by in parts) or not all(entries.same_entries(base) for entries, _ in parts[1:]):
-        return None
-    low = high = size = jnp.zeros(())
-    for (entries, by), sign in zip(parts, signs, strict=True):
-        try:
-            span = extremes(entries.expr, 1)
-        except (ValueError, OverflowError):
-            return None
-        ends = [float(sign) * end if by is None else by * end for end in span]
-        low, high = low + jnp.minimum(*ends), high + jnp.maximum(*ends)
-        size = size + jnp.maximum(*map(jnp.abs, ends))
-    u, tiny = unit_roundoff(size.dtype), float(jnp.finfo(size.dtype).tiny)
-    steepest = jnp.maximum(jnp.abs(low), jnp.abs(high)) + 16 * u * size + 4 * tiny
-    # Asked of every entry: on a CPU, a maximum over thousands may drop a NaN.
-    largest = jnp.where(jnp.any(jnp.isnan(steepest)), jnp.nan, jnp.max(steepest, initial=0))
-    return dataclasses.replace(base, expr=X), round_up(largest, 2)
-
-
-@dataclasses.dataclass(eq=False)
-class Reduced(Fixed):
-    """A reduction over axes.
-
-    Attributes:
-      axes: which.
-    """
-
-    axes: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(eq=False)
-class LogSumExp(Fixed):
-    """The logarithm of the sum of exponentials over axes.
-
-    Attributes:
-      axes: which, of what it reads.
-    """
-
-    axes: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(eq=False)
-class LogSoftmax(Fixed):
-    """Entries less the logarithm of the sum of their exponentials over axes.
-
-    Attributes:
-      axes: which.
-    """
-
-    axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -162,7 +40,7 @@ class Sum(Node):
         if self.inputs[0].node is self.inputs[1].node:
             together = how.times(math.sqrt(2), slope_together(self.inputs), how.of(self.inputs[0].node))
             return jnp.minimum(total, together)
-        found = _steepest_sum(self.inputs, (1, self.sign))
+        found = steepest_sum(self.inputs, (1, self.sign))
         if found is None:
             return total
         base, steepest = found

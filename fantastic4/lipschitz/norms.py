@@ -8,10 +8,10 @@ import sys
 from fractions import Fraction
 
 from fantastic4.expression import Expr, X, affine, const, multiple_of, parts, substitute
+from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.means import same, squared
 from fantastic4.lipschitz.moves import reshaped
-from fantastic4.lipschitz.nodes import Fixed
 from fantastic4.lipschitz.patterns import spread_of, summed
 from fantastic4.values import VANISHES
 

@@ -11,8 +11,8 @@ from jax import Array, lax
 
 from fantastic4.expression import Expr, affine
 from fantastic4.lipschitz.branches import combined
+from fantastic4.lipschitz.fixed import SILENT
 from fantastic4.lipschitz.graph import Label, Node, Signal
-from fantastic4.lipschitz.nodes import SILENT
 from fantastic4.lipschitz.numbers import Numbers, bend, slope
 
 

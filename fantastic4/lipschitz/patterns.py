@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 
 from fantastic4.expression import Expr, X
+from fantastic4.lipschitz.fixed import Fixed, LogSoftmax, LogSumExp, Reduced
 from fantastic4.lipschitz.graph import Label, Node, Signal, whole
-from fantastic4.lipschitz.nodes import Fixed, LogSoftmax, LogSumExp, Reduced, Sum
+from fantastic4.lipschitz.nodes import Sum
 
 
 def spread_of(small: Signal, shape: tuple[int, ...], axes: Sequence[int]) -> bool:
@@ -76,7 +77,8 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
         return None
     source, level = _without_level(exponent, axes)
     name = dataclasses.replace(label, operation="softmax")
-    return whole(Fixed(name, top.shape, (source,), 0.5, bend=(2 / 27) ** 0.5 * (1 + 1e-15), unmoved=level))
+    bend = (2 / 27) ** 0.5 * (1 + 1e-15)
+    return whole(Fixed(name, top.shape, (source,), 0.5, bend=bend, unmoved=level, most=1.0))
 
 
 def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Label
-from fantastic4.lipschitz.nodes import Fixed
 from fantastic4.lipschitz.sparse import norm_above, sizes_of
 from fantastic4.lipschitz.trace import is_known
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Signal, whole
-from fantastic4.lipschitz.nodes import Fixed
 from fantastic4.lipschitz.trace import USER_RULES, Comparison, Walk, shape_and_dtype
 
 

@@ -15,9 +15,10 @@ from jax.extend import core
 from fantastic4.expression import UNARY, Expr, X, affine, const
 from fantastic4.linalg import widened
 from fantastic4.lipschitz import forms, losses, means, norms, patterns
+from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
-from fantastic4.lipschitz.nodes import Fixed, Joint, Linear, Product, Scaled, Sum
+from fantastic4.lipschitz.nodes import Joint, Linear, Product, Sum
 from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
@@ -168,6 +169,16 @@ def _scaled(signal: Signal, by: Array, label: Label) -> Signal:
     return whole(Scaled(name, signal.shape, (signal,), factor, linear=True, by=by))
 
 
+def _no_number(signal: Signal, label: Label) -> Signal:
+    return whole(Fixed(label, signal.shape, (signal,), math.nan))
+
+
+def _less_log_softmax(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """``log Σ exp(z) - z``."""
+    found = patterns.log_softmax(b, a, label)
+    return None if found is None else scalar(found, Expr("neg", (found.expr,)), label)
+
+
 @rule("add", "add_any", "sub")
 def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     op = "sub" if eqn.primitive.name == "sub" else "add"
@@ -177,7 +188,7 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         known = [patterns.logsumexp]
         if op == "sub":
             a, b = losses.same_differences(a, b)
-            known = [patterns.log_softmax, losses.cross_entropy, means.centred, means.variance]
+            known = [patterns.log_softmax, _less_log_softmax, losses.cross_entropy, means.centred, means.variance]
         found = _of_one(op, a, b, label) or next(filter(None, (pattern(a, b, label) for pattern in known)), None)
         if found is not None:
             return found
@@ -186,7 +197,7 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
     number = uniform(other)
     if number is not None and math.isnan(number):
-        return whole(Fixed(label, signal.shape, (signal,), math.nan))
+        return _no_number(signal, label)
     if number is not None and math.isfinite(number):
         left, right = (signal.expr, const(number)) if isinstance(a, Signal) else (const(number), signal.expr)
         return scalar(signal, Expr(op, (left, right)), label)
@@ -253,7 +264,8 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             or walk.refuse(
                 eqn,
                 "divides by what depends on the input: no Lipschitz constant that is known. Normalisation has one as "
-                "x / sqrt(sum(x²) + c), x / (norm(x) + c), x / maximum(norm(x), c) with a constant c > 0",
+                "x / sqrt(sum(x²) + c), x / (norm(x) + c), x / maximum(norm(x), c) with a constant c > 0 that is known "
+                "while tracing",
             )
         )
     if isinstance(b, Signal):
@@ -266,6 +278,8 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if not always_a_number(walk, a):
             return walk.refuse(eqn, NOT_A_NUMBER)
         return jnp.zeros(*shape_and_dtype(eqn.outvars[0]))
+    if number is not None and math.isnan(number):
+        return _no_number(a, label)
     if number:
         return scalar(a, Expr("div", (a.expr, const(number))), label)
     if number == 0:
@@ -303,6 +317,8 @@ def _extreme(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return jnp.broadcast_to(other, signal.shape)
     if number is not None and math.isfinite(number):
         return scalar(signal, Expr(op, (signal.expr, const(number))), label)
+    if number is not None:
+        return _no_number(signal, label)
     return whole(Fixed(label, signal.shape, (signal,)))
 
 
@@ -313,6 +329,8 @@ def _clamp(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return walk.refuse(eqn, "clamps between numbers that depend on the input")
     label = walk.label(eqn)
     least, most = uniform(low), uniform(high)
+    if any(end is not None and math.isnan(end) for end in (least, most)):
+        return _no_number(signal, label)
     if least is None or most is None or not math.isfinite(least) or not math.isfinite(most):
         return whole(Fixed(label, signal.shape, (signal,)))
     expr = Expr("max", (signal.expr, const(least)))

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
+from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, whole
-from fantastic4.lipschitz.nodes import Fixed, Scaled, settled
+from fantastic4.lipschitz.nodes import settled
 from fantastic4.lipschitz.trace import is_known
 
 _WORK = 2e7  # entries times iterations

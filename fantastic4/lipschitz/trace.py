@@ -22,8 +22,9 @@ from jax.extend import core
 from fantastic4.devices import vary_over, varying_axes
 from fantastic4.expression import X, size
 from fantastic4.lipschitz.entered import Entered, where_all
+from fantastic4.lipschitz.fixed import Input
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
-from fantastic4.lipschitz.nodes import Input, settled
+from fantastic4.lipschitz.nodes import settled
 from fantastic4.now import now
 
 _PATHS = sysconfig.get_paths()
@@ -102,11 +103,11 @@ def is_known(value: Any) -> bool:
 
 
 def uniform(value: Any) -> float | None:
-    """The number that all entries of a known constant are; None for all others."""
+    """The number that all entries of a known constant are, NaN where they are none; None for all others."""
     if not is_known(value):
         return None
     entries = np.asarray(value).ravel()
-    if entries.size == 0 or not np.all(entries == entries[0]):
+    if entries.size == 0 or not (np.all(entries == entries[0]) or np.all(entries != entries)):
         return None
     return float(entries[0])
 
@@ -117,9 +118,12 @@ def shape_and_dtype(variable: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def _is_narrow(variable: Any) -> bool:
-    """Whether numbers of moderate size are infinite in a variable's type, as 65,520 in float16."""
+    """Whether numbers of moderate size are none in a variable's type, as 65,520 in float16, -1 in float8_e8m0fnu."""
     dtype = getattr(variable.aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).max) < 1e38
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    info = jnp.finfo(dtype)
+    return float(info.max) < 1e38 or float(info.min) > -1e38
 
 
 def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
@@ -316,9 +320,11 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"x must be an array of a real floating dtype, or a tree of such, got {kind}")
+        if jnp.finfo(leaf.dtype).bits < 16:
+            raise ValueError(f"x must be of 16 bits a number or more, got {leaf.dtype}: give float32, and cast inside")
     if not leaves:
         raise ValueError("x has no arrays")
-    abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    abstract = [jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for leaf in leaves]
     try:
         closed = jax.make_jaxpr(lambda *flat: fn(jax.tree.unflatten(tree, flat)))(*abstract)
     except Exception as error:
@@ -348,5 +354,6 @@ def trace(fn: Callable[..., Any], x: Any) -> Traced:
             raise UnboundedError(output.reason)
         if isinstance(output, Comparison):
             raise UnboundedError(f"{output.of.label} leads to a truth value, which jumps: no Lipschitz constant")
-    dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves], jnp.dtype("float32"))
+    kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves]
+    dtype = functools.reduce(jnp.promote_types, kinds, jnp.dtype("float32"))
     return Traced(tuple(o for o in outputs if isinstance(o, Signal)), dtype, tuple(walk.entered.asked))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from fantastic4.lipschitz.fixed import Fixed, Reduced
 from fantastic4.lipschitz.graph import whole
 from fantastic4.lipschitz.losses import weighed
 from fantastic4.lipschitz.moves import moved, reshaped
-from fantastic4.lipschitz.nodes import Fixed, Reduced
+from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.pooling import Pool, window_pairs
 from fantastic4.lipschitz.sparse import norm_above
 from fantastic4.lipschitz.trace import Refused, Walk, evaluate, out_shape, rule
@@ -69,7 +70,7 @@ def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     key = (id(signal.node), signal.expr, None if signal.index is None else signal.index.tobytes(), signal.shape, axes)
     if key not in walk.joined:
         label = dataclasses.replace(walk.label(eqn), operation="largest and smallest")
-        walk.joined[key] = whole(Fixed(label, (2, *shape), (signal,)))
+        walk.joined[key] = whole(Fixed(label, (2, *shape), (signal,), most=largest(signal)))
     both = walk.joined[key]
     return dataclasses.replace(moved(both, both.places[0 if op == "reduce_max" else 1]), label=walk.label(eqn))
 
@@ -77,15 +78,16 @@ def _reduce_max(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 @rule("top_k")
 def _top_k(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
-    largest = whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,)))  # some of what is sorted
-    return [largest, Refused(f"{walk.label(eqn)} tells the places of the largest, which jump: take their values alone")]
+    # Some of what is sorted.
+    found = whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), most=largest(signal)))
+    return [found, Refused(f"{walk.label(eqn)} tells the places of the largest, which jump: take their values alone")]
 
 
 @rule("sort")
 def _sort(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     if len(operands) != 1:
         return walk.refuse(eqn, "sorts one array by another, which jumps")
-    return whole(Fixed(walk.label(eqn), operands[0].shape, (operands[0],)))
+    return whole(Fixed(walk.label(eqn), operands[0].shape, (operands[0],), most=largest(operands[0])))
 
 
 @rule("cummax", "cummin")
