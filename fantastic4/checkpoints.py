@@ -20,6 +20,7 @@ _CONVERSIONS = {
     (".h5", ".hdf5", ".keras"): "; save it by numpy.savez, a kernel a name",
 }
 _NOT_PARAMS = {"opt_state", "optimizer"}  # have leaves of the same names: moments
+_NO_KERNELS = _NOT_PARAMS | {"batch_stats", "spectral_stats", "cache", "intermediates", "losses", "metrics", "rngs"}
 
 
 class Params(NamedTuple):
@@ -29,11 +30,14 @@ class Params(NamedTuple):
       tree: nested dicts and lists of NumPy arrays.
       at: the keys that led to it.
       path: the file or folder that it was read from: of a run's folder, that of the last step.
+      beside: what else holds arrays of two axes or more there, and is no state of an optimiser or of batch norm: keys,
+        as ``"ema_params"``. Nothing, where ``at`` was given.
     """
 
     tree: Any
     at: tuple[str, ...]
     path: Path
+    beside: tuple[str, ...] = ()
 
 
 def read(path: str | Path, at: str | None = None) -> Params:
@@ -43,8 +47,8 @@ def read(path: str | Path, at: str | None = None) -> Params:
       path: a folder that Orbax wrote, or that of an ``orbax.checkpoint.CheckpointManager``, whose last step is taken;
         or a file: ``.msgpack`` of ``flax.serialization``, ``.safetensors``, ``.npz``. Names with dots or slashes, as
         ``layer1.0.weight``, are paths.
-      at: keys that lead to the params, as ``"ema_params"`` or ``"state/params"``. Without, what is called ``params`` or
-        ``model`` at the top or one level below; all of it where nothing is.
+      at: keys that lead to the params, as ``"ema_params"`` or ``"state/params"``. Without, what is called ``params`` at
+        the top or one level below, or ``model`` where nothing else may be params; all of it where nothing is.
 
     Returns:
       `Params`.
@@ -64,7 +68,7 @@ def read(path: str | Path, at: str | None = None) -> Params:
         raise ValueError(f"{path.name} is no checkpoint of a known kind: a folder of Orbax, {', '.join(_READERS)}{fix}")
     whole = _READERS[path.suffix](path)
     keys = _where(whole, at)
-    return Params(_bare(_follow(whole, keys)), keys, path)
+    return Params(_bare(_follow(whole, keys)), keys, path, _beside(whole, keys, at))
 
 
 def _is_item(folder: Path) -> bool:
@@ -92,7 +96,10 @@ def _orbax(folder: Path, at: str | None) -> Params:
 
     # A handler: a checkpointer warns of a step's metadata that the folder of a tree in it does not have.
     handler, folder = ocp.PyTreeCheckpointHandler(), folder.absolute()
-    whole = handler.metadata(folder).tree
+    try:
+        whole = handler.metadata(folder).tree
+    except ValueError as error:  # of JSON
+        raise ValueError(f"{folder} is no checkpoint that Orbax wrote, or a part of one: {error}") from error
     keys = _where(whole, at)
     # Only this part is read: an optimiser's state is twice as large. As NumPy: its devices may not be here.
     wanted = _follow(whole, keys)
@@ -102,7 +109,7 @@ def _orbax(folder: Path, at: str | None) -> Params:
     restored = handler.restore(
         folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=arrays, partial_restore=True)
     )
-    return Params(_bare(_follow(restored, keys)), keys, folder)
+    return Params(_bare(_follow(restored, keys)), keys, folder, _beside(whole, keys, at))
 
 
 def _msgpack(path: Path) -> Any:
@@ -115,8 +122,12 @@ def _msgpack(path: Path) -> Any:
 
 
 def _npz(path: Path) -> Any:
-    with np.load(path, allow_pickle=False) as archive:
-        return _nested(dict(archive))
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            flat = dict(archive)
+    except Exception as error:  # of NumPy, of zipfile, of pickle
+        raise ValueError(f"{path} is no archive that numpy.savez wrote: {error}") from error
+    return _nested(flat)
 
 
 def _safetensors(path: Path) -> Any:
@@ -125,9 +136,14 @@ def _safetensors(path: Path) -> Any:
     except ImportError as error:
         raise ImportError(f"{path.name} needs safetensors: pip install 'fantastic4[cli]'") from error
     try:
-        return _nested(load_file(path))
+        flat = load_file(path)
+    except AttributeError as error:  # of a type that NumPy does not have
+        raise ValueError(
+            f"{path} holds numbers of a type that NumPy has not, as float8: convert them ({error})"
+        ) from error
     except Exception as error:  # its own error is of no public class
         raise ValueError(f"{path} is no safetensors file: {error}") from error
+    return _nested(flat)
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {".msgpack": _msgpack, ".safetensors": _safetensors, ".npz": _npz}
@@ -158,9 +174,10 @@ def _where(tree: Any, at: str | None) -> tuple[str, ...]:
         return ()
     below = [(a, b) for a, inner in tree.items() if isinstance(inner, Mapping) and a not in _NOT_PARAMS for b in inner]
     for name in _PARAMS:
-        if isinstance(tree.get(name), Mapping):
+        if isinstance(tree.get(name), Mapping) and (name == "params" or not _beside(tree, (name,))):
             return (name,)
         found = [keys for keys in below if keys[1] == name and isinstance(tree[keys[0]][name], Mapping)]
+        found = [keys for keys in found if name == "params" or not _beside(tree, keys)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -170,6 +187,21 @@ def _where(tree: Any, at: str | None) -> tuple[str, ...]:
             f"nothing in this checkpoint is called {' or '.join(_PARAMS)}: choose by --at one of {', '.join(tree)}"
         )
     return ()
+
+
+def _beside(tree: Any, keys: tuple[str, ...], at: str | None = None) -> tuple[str, ...]:
+    """What else in a tree may be params, on the way by ``keys``."""
+    found = []
+    for depth, key in enumerate(keys if at is None else ()):
+        here = _follow(tree, keys[:depth])
+        others = [other for other in here if other != key and other not in _NO_KERNELS and _has_matrix(here[other])]
+        found += ["/".join(map(str, (*keys[:depth], other))) for other in others]
+    return tuple(found)
+
+
+def _has_matrix(tree: Any) -> bool:
+    """Whether there is an array with two axes or more."""
+    return any(len(getattr(leaf, "shape", None) or ()) > 1 for leaf in jax.tree.leaves(tree))
 
 
 def _keys(tree: Any) -> Iterator[str]:

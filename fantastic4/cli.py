@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"the command needs {error.name}: pip install 'fantastic4[cli]'") from error
 
@@ -24,7 +25,7 @@ from fantastic4 import audit as audits
 from fantastic4 import checkpoints
 from fantastic4.conv import ConvSpec
 from fantastic4.interval import Interval
-from fantastic4.kernels import Dense, Spec, Stacked, find, left_out
+from fantastic4.kernels import Dense, Layer, Spec, Stacked, find, left_out, meant
 from fantastic4.rounding import times_up
 from fantastic4.tables import at_least, at_most
 
@@ -70,12 +71,13 @@ def audit(
     """
     with _plain_errors():
         params = checkpoints.read(checkpoint, at)
-        given, input_shapes = _specs(specs) if specs else ({}, {})
+        given, input_shapes, ordered = _specs(specs) if specs else ({}, {}, {})
         chosen = list(select) or None
         layers = find(params.tree, select=chosen, specs=given)
         tasks = audits.tasks(params.tree, layers, input_shapes=input_shapes, rtol=rtol)
+        _check_order(layers, ordered)
         passed_over = left_out(params.tree, layers, chosen)
-    done = _kept(out)
+        done = _kept(out)
     rows: list[tuple[audits.Task, Interval]] = []
     interrupted = False
     try:
@@ -101,6 +103,9 @@ def audit(
     left = ", ".join(f"{path} ({'×'.join(map(str, shape))})" for path, shape in passed_over)
     if left:
         click.echo(f"Left out, no kernels by their names: {left}")
+    beside = ", ".join(params.beside)
+    if beside:
+        click.echo(f"Not looked at: {beside}. Choose by --at; --at / is all of it.")
     if interrupted:
         kept = f"; the same command goes on from {out}" if out else "; with --out the next run goes on from here"
         click.echo(f"Interrupted: {len(rows)} of {len(tasks)} layers{kept}", err=True)
@@ -111,7 +116,9 @@ def audit(
             click.echo(f"Not proved to be at most {max_norm:g}: {', '.join(beyond)}", err=True)
         if left:
             click.echo("Nothing is known of what was left out: say what it is by --specs, or --select others", err=True)
-        sys.exit(1 if beyond or left else 0)
+        if beside:
+            click.echo(f"Nothing is known of {beside}: choose by --at", err=True)
+        sys.exit(1 if beyond or left or beside else 0)
 
 
 @contextmanager
@@ -123,14 +130,14 @@ def _plain_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
-def _specs(path: Path) -> tuple[dict[str, Spec], dict[str, tuple[int, ...]]]:
-    """What a TOML file says of the layers."""
+def _specs(path: Path) -> tuple[dict[str, Spec], dict[str, tuple[int, ...]], dict[str, bool]]:
+    """What a TOML file says of the layers: their specs, sizes of inputs, and ``transpose_kernel`` where it says so."""
     try:
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
     specs: dict[str, Spec] = {}
-    shapes = {}
+    shapes, ordered = {}, {}
     for glob, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f'{path}: {glob} is no table: write ["{glob}"] and its fields below')
@@ -139,6 +146,8 @@ def _specs(path: Path) -> tuple[dict[str, Spec], dict[str, tuple[int, ...]]]:
             raise ValueError(f"{path}: [{glob}] has no {unknown[0]}: choose from {', '.join(sorted(_CONV | _OTHERS))}")
         if "input_shape" in table:
             shapes[glob] = table["input_shape"]
+        if "transpose_kernel" in table:
+            ordered[glob] = table["transpose_kernel"]
         conv = {name: value for name, value in table.items() if name in _CONV}
         if "dense" in table and conv:
             raise ValueError(f"{path}: [{glob}] is a matrix by dense, and has {', '.join(conv)}: leave one out")
@@ -146,17 +155,32 @@ def _specs(path: Path) -> tuple[dict[str, Spec], dict[str, tuple[int, ...]]]:
             inner = Dense(table["dense"]) if "dense" in table else ConvSpec(**conv)
         except ValueError as error:
             raise ValueError(f"{path}: [{glob}]: {error}") from error
+        stacked = table.get("stacked", False)
+        if not isinstance(stacked, bool):
+            raise ValueError(f"{path}: [{glob}]: stacked is true or false, got {stacked!r}")
         if set(table) - {"input_shape"}:
-            specs[glob] = Stacked(inner) if table.get("stacked") else inner
-    return specs, shapes
+            specs[glob] = Stacked(inner) if stacked else inner
+    return specs, shapes, ordered
+
+
+def _check_order(layers: Sequence[Layer], ordered: Mapping[str, bool]) -> None:
+    """Refuse transposed layers of which nothing tells in which order their channels are."""
+    for layer in layers:
+        if layer.torch_order and layer.conv.transposed and meant(ordered, layer.path) is None:
+            raise ValueError(
+                f"{layer.path}: PyTorch keeps the weight of a transposed layer as (inputs, outputs, …), Equinox as "
+                "(outputs, inputs, …): write transpose_kernel = true for PyTorch's, false for Equinox's"
+            )
 
 
 def _kept(out: Path | None) -> dict[str, Interval]:
     """What an earlier run has written."""
     found: dict[str, Interval] = {}
     if out is None or not out.exists():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise ValueError(f"no folder {out.absolute().parent} to write {out.name} into")
         return found
-    written = out.read_text()
+    written = out.read_text(encoding="utf-8", errors="replace")
     if written and not written.endswith("\n"):  # cut off within a line, which is left aside
         with out.open("a") as file:
             file.write("\n")
@@ -186,7 +210,7 @@ def _keep(out: Path | None, task: audits.Task, found: Interval) -> None:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on the error stream: a function of the layer at work and of how many more are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
@@ -196,7 +220,7 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
 def _print(where: str, rows: Sequence[tuple[audits.Task, Interval]], rtol: float, max_norm: float | None) -> None:
     """The table: lower ends rounded down, upper ones up, in as many digits as tell them apart."""
     digits = max(4, 2 - math.floor(math.log10(rtol)))
-    table = Table(title=where, title_justify="left", caption_justify="left")
+    table = Table(title=Text(where), title_justify="left", caption_justify="left")
     table.add_column("layer", overflow="fold")
     for name in ("shape", "norm at least", "norm at most"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -205,7 +229,7 @@ def _print(where: str, rows: Sequence[tuple[audits.Task, Interval]], rtol: float
         style = "bold red" if max_norm is not None and not found.upper <= max_norm else None
         shape = "×".join(map(str, task.shape))
         table.add_row(
-            task.name, shape, at_least(found.lower, digits), at_most(found.upper, digits) + marks, style=style
+            Text(task.name), shape, at_least(found.lower, digits), at_most(found.upper, digits) + marks, style=style
         )
     table.add_section()
     table.add_row("product", "", "", at_most(times_up(*(found.upper for _, found in rows))))

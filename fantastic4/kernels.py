@@ -24,7 +24,8 @@ T = TypeVar("T")
 Select = str | Sequence[str] | Callable[[str, Any], bool]
 
 _NAMES = ("kernel", "w", "weight")  # of Flax, Haiku and Equinox
-_BESIDE = ("bias", "b", "scale", "offset")  # of layers that have kernels, or none
+_ADDED = ("bias", "offset")  # to what a layer makes
+_BESIDE = (*_ADDED, "b", "scale")  # of layers that have kernels
 # Of Equinox: their weights are scales, or rows that are looked up.
 _NO_KERNEL = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "Embedding")
 _ATTENTION = {"query": 1, "key": 1, "value": 1, "out": -1}  # Flax's DenseGeneral in attention: how many input axes
@@ -157,6 +158,13 @@ def _without_kernel(params: Any) -> set[tuple[str, ...]]:
     return {_path(keys) for keys, module in found if is_one(module)}
 
 
+def _globs(select: Any) -> Sequence[str]:
+    globs = [select] if isinstance(select, str) else select
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise ValueError(f"select must be a glob, several, or a function of path and leaf, got {select!r}")
+    return globs
+
+
 def _matches(select: Select, path: str, leaf: Any) -> bool:
     if callable(select):
         try:
@@ -164,9 +172,7 @@ def _matches(select: Select, path: str, leaf: Any) -> bool:
         except TypeError:
             raise ValueError(f"select must take two arguments, the path and the leaf: {select!r} does not") from None
         return bool(select(path, leaf))
-    if not isinstance(select, str | Sequence):
-        raise ValueError(f"select must be a glob, several, or a function of path and leaf, got {select!r}")
-    return any(fnmatch.fnmatchcase(path, glob) for glob in ([select] if isinstance(select, str) else select))
+    return any(fnmatch.fnmatchcase(path, glob) for glob in _globs(select))
 
 
 Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
@@ -176,7 +182,10 @@ def _is_attention(module: tuple[str, ...], shapes: Shapes) -> bool:
     """Whether a module has all four projections of Flax's attention, in shapes that go together."""
     query, key, value, out = (shapes.get((*module, name, "kernel"), ()) for name in _ATTENTION)
     bias = shapes.get((*module, "query", "bias"), query[1:])
-    return len(query) == len(out) == 3 and query[1:] == key[1:] == value[1:] == out[:2] == bias
+    if not len(query) == len(key) == len(out) == 3 or not query[1:] == out[:2] == bias:
+        return False
+    # Several heads of queries may share one of keys and values.
+    return key[1:] == value[1:] and query[2] == key[2] and query[1] % max(key[1], 1) == 0
 
 
 def _looks_stacked(shape: tuple[int, ...], bias: tuple[int, ...], *, torch_order: bool) -> bool:
@@ -252,9 +261,9 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
       A `Layer` each, in the order of the tree.
 
     Raises:
-      ValueError: no kernel; one of a ``DenseGeneral`` whose inputs are not known, of a ``ConvLocal``, or of no real
-        numbers; one that looks `Stacked` by its bias and has no spec; two leaves of one path; a spec for a path that
-        does not exist, or that does not fit its kernel.
+      ValueError: no kernel; a glob of ``select`` that no leaf fits; a kernel of a ``DenseGeneral`` whose inputs are not
+        known, of a ``ConvLocal``, or of no real numbers; one that looks `Stacked` by its bias and has no spec; two
+        leaves of one path; a spec for a path that does not exist, or that does not fit its kernel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -300,12 +309,15 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
         layer = Layer(path, tuple(leaf.shape), spec, words[-1] == "weight")
         _check(layer)
         layers.append(layer)
+    wrong = None if select is None or callable(select) else idle(dict.fromkeys(_globs(select)), seen)
+    if wrong is not None:
+        raise ValueError(f"select {wrong!r} chooses nothing; this tree has {some(seen, wrong)}")
     if unused:
         raise ValueError(
             f"a spec for {sorted(unused)[0]!r}, but no such path: this tree has {some(seen, sorted(unused)[0])}"
         )
     if not layers:
-        if select is not None and not any(_matches(select, "/".join(words), leaf) for words, leaf in _arrays(params)):
+        if callable(select) and not any(_matches(select, "/".join(words), leaf) for words, leaf in _arrays(params)):
             raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
         raise ValueError(
             f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with two axes or more, or one that "
@@ -317,14 +329,17 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
 def left_out(
     params: Any, layers: Sequence[Layer], select: Select | None = None
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Leaves with two or more axes that are no kernels by their names: their paths and shapes."""
+    """Leaves with two or more axes that are no kernels: their paths and shapes. Of layers in ``layers`` no biases."""
     known = {layer.path for layer in layers}
+    modules = {path.rpartition("/")[0] for path in known}
     return tuple(
         (path, tuple(leaf.shape))
-        for words, leaf in _leaves(params)
+        for words, leaf in _arrays(params)
         if (path := "/".join(words)) not in known
         and leaf.ndim > 1
-        and words[-1] not in _BESIDE
+        and 0 not in leaf.shape
+        and words[-1] not in _ADDED
+        and not (words[-1] in _BESIDE and "/".join(words[:-1]) in modules)
         and (select is None or _matches(select, path, leaf))
     )
 
@@ -345,7 +360,8 @@ def _check(layer: Layer) -> None:
         raise ValueError(f"{layer.path}: a spec is a ConvSpec, network.Dense or network.Stacked, got {kind}")
     shape = layer.shape[isinstance(spec, Stacked) :]
     if isinstance(inner, Dense):
-        if not -len(shape) < inner.inputs < len(shape) or inner.inputs == 0 or len(shape) < 2:
+        whole = isinstance(inner.inputs, int) and not isinstance(inner.inputs, bool)
+        if not whole or not -len(shape) < inner.inputs < len(shape) or inner.inputs == 0 or len(shape) < 2:
             raise ValueError(f"{layer.path}: Dense(inputs={inner.inputs}) does not split a kernel of shape {shape}")
         return
     try:

@@ -163,6 +163,7 @@ class Conv(nn.Conv):
         if type(self).param is not nn.Conv.param:  # the layer inside would never ask it
             raise ValueError(f"{type(self).__name__} has a param method of its own: bound what it computes with")
         names = {field.name for field in dataclasses.fields(nn.Conv) if field.init} - {"parent", "name"}
-        layer = nn.Conv(**{name: getattr(self, name) for name in names})
+        # A name that is nobody's: in a scope that a parent shares, that of its first nn.Conv is taken.
+        layer = nn.Conv(**{name: getattr(self, name) for name in names}, name="_convolution")
         nn.share_scope(self, layer)
         return _call(self, layer, (inputs,), {}, update_stats)

@@ -272,9 +272,9 @@ def clip_spectrum(
 
     def find(params: Any) -> tuple[Layer, ...]:
         there = kernels.paths(params)
-        nowhere = all(kernels.idle({glob: ()}, there) for glob in shapes)  # or find speaks of a select
-        layers = () if nowhere else network.find(params, select=list(shapes), specs=specs)
-        wrong = kernels.idle(shapes, [layer.path for layer in layers])
+        wrong = kernels.idle(shapes, there)  # or find speaks of a select
+        layers = () if wrong is not None else network.find(params, select=list(shapes), specs=specs)
+        wrong = wrong if wrong is not None else kernels.idle(shapes, [layer.path for layer in layers])
         if wrong is not None:
             has = kernels.some(there, wrong)
             raise ValueError(f"an input shape for {wrong!r}, but no such kernel: this tree has {has}")
@@ -329,6 +329,34 @@ def _projection(
             find(params)
         return ProjectionState(jnp.zeros((), jnp.int32))
 
+    def projected(layers: tuple[Layer, ...], old: dict[str, Array], given: dict[str, Array]) -> dict[str, Array]:
+        alike: dict[Any, list[str]] = {}
+        for layer in layers:
+            path = layer.path
+            kind = (layer.kind, old[path].dtype, given[path].dtype, same(layer))
+            alike.setdefault(kind, []).append(path)
+        by_path = {layer.path: layer for layer in layers}
+        done: dict[str, Array] = {}
+        last = jnp.zeros(())
+        # One program for all kernels of a kind, and one kernel after the other: clipping calls LAPACK.
+        for paths in alike.values():
+            olds = jnp.stack([old[path] for path in paths])
+            updates = after(jnp.stack([given[path] for path in paths]), last)
+            member = functools.partial(project, by_path[paths[0]])
+            last = lax.map(lambda pair: member(*pair), (olds, updates))  # noqa: B023
+            done |= dict(zip(paths, last, strict=True))
+        return done
+
+    @functools.cache
+    def replaced(layers: tuple[Layer, ...]) -> Callable[..., dict[str, Array]]:
+        """One program for the same layers, outside of jit too."""
+
+        def new(old: dict[str, Array], given: dict[str, Array], counted: Array) -> dict[str, Array]:
+            change = functools.partial(projected, layers, old)
+            return change(given) if every == 1 else lax.cond(counted % every == 0, change, lambda x: x, given)
+
+        return jax.jit(new, inline=True)
+
     def update(updates: Any, state: ProjectionState, params: Any = None) -> tuple[Any, ProjectionState]:
         layers = find(_given(params))
         old = network.leaves_at(params, layers)
@@ -337,31 +365,7 @@ def _projection(
         given = {path: x.astype(jnp.promote_types(x.dtype, old[path].dtype)) for path, x in given.items()}
         counted = optax.safe_increment(state.updates)
 
-        def projected(old: dict[str, Array], given: dict[str, Array]) -> dict[str, Array]:
-            alike: dict[Any, list[str]] = {}
-            for layer in layers:
-                path = layer.path
-                kind = (layer.kind, old[path].dtype, given[path].dtype, same(layer))
-                alike.setdefault(kind, []).append(path)
-            by_path = {layer.path: layer for layer in layers}
-            done: dict[str, Array] = {}
-            last = jnp.zeros(())
-            # One program for all kernels of a kind, and one kernel after the other: clipping calls LAPACK.
-            for paths in alike.values():
-                olds = jnp.stack([old[path] for path in paths])
-                updates = after(jnp.stack([given[path] for path in paths]), last)
-                member = functools.partial(project, by_path[paths[0]])
-                last = lax.map(lambda pair: member(*pair), (olds, updates))  # noqa: B023
-                done |= dict(zip(paths, last, strict=True))
-            return done
-
-        @usual_promotion
-        @on_any_mesh
-        def replaced(old: dict[str, Array], given: dict[str, Array], counted: Array) -> dict[str, Array]:
-            change = functools.partial(projected, old)
-            return change(given) if every == 1 else lax.cond(counted % every == 0, change, lambda x: x, given)
-
-        new = replaced(old, given, counted)
+        new = usual_promotion(on_any_mesh(replaced(layers)))(old, given, counted)
         return network.replace(updates, new), ProjectionState(counted)
 
     return optax.GradientTransformation(init, update)

@@ -129,6 +129,12 @@ def test_what_is_sound_on_a_mesh_with_explicit_axes(explicit_mesh):
         for path, bound in network.bounds(params, layers).items():
             np.testing.assert_allclose(bound, bounds[path], rtol=1e-5)
         np.testing.assert_allclose(f4.bound(params["a"]["kernel"]), bounds["a/kernel"], rtol=1e-5)
+        kernel = np.asarray(alone["a"]["kernel"])
+        once, spread = f4.norm_interval(kernel), f4.norm_interval(kernel, mesh=explicit_mesh)
+        assert once.reached
+        assert spread.reached
+        assert once.lower <= spread.upper
+        assert spread.lower <= once.upper
         updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
         after = optax.apply_updates(params, updates)
         assert all(0.999 <= bound <= 1 for bound in network.bounds(after, layers).values())

@@ -183,6 +183,63 @@ def test_a_limit_decides_the_exit_status(tmp_path):
     assert rows(out)["a/kernel"]["upper"] is None
 
 
+BESIDE = {
+    "a head beside model": ({"model/a/kernel": MATRIX, "head/kernel": 9 * MATRIX}, "head/kernel", ""),
+    "adapters": ({"params/a/kernel": MATRIX, "lora/a": MATRIX}, "Nothing is known of lora", "--at params"),
+    "whole numbers": ({"a/kernel": MATRIX, "b/q": np.ones((3, 3), np.int8)}, "b/q (3×3)", "--select a/*"),
+    "complex numbers": ({"a/kernel": MATRIX, "c/f": np.ones((3, 3), complex)}, "c/f (3×3)", "--select a/*"),
+    "a matrix called scale": ({"a/kernel": MATRIX, "d/scale": np.ones((3, 3))}, "d/scale (3×3)", "--select a/*"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_is_passed_over_silently(name, tmp_path):
+    """A gate does not pass for what was not looked at."""
+    arrays, told, fix = BESIDE[name]
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays)
+    limit = 1.01 * np.linalg.norm(MATRIX, 2)
+    assert told in run(path, "--max-norm", limit, code=1)
+    if fix:
+        run(path, "--max-norm", limit, *fix.split())
+    np.savez(path, **{"model/kernel": MATRIX, "optimizer/mu/kernel": MATRIX, "step": 3, "rngs/key": np.ones((2, 2))})
+    run(path, "--max-norm", limit)
+
+
+def test_biases_of_several_axes_are_no_gap(tmp_path):
+    np.savez(
+        tmp_path / "a.npz", **{"q/kernel": np.ones((4, 2, 3)), "q/bias": np.ones((2, 3)), "e/kernel": np.ones((0, 3))}
+    )
+    run(tmp_path / "a.npz", "--max-norm", 10)
+
+
+def test_transposed_weights_of_pytorch(tmp_path):
+    """(inputs, outputs, …): read as Equinox keeps them, the norm would be another, and smaller."""
+    weight = np.random.default_rng(0).standard_normal((1, 8, 3, 3)).astype(np.float32)
+    safetensors.numpy.save_file({"up.weight": weight}, tmp_path / "up.safetensors")
+    text = '["up/weight"]\ntransposed = true\nstrides = 3\npadding = "VALID"\n'
+    for size in ("", "input_shape = [1, 1]\n"):
+        (tmp_path / "up.toml").write_text(text + size)
+        assert "write transpose_kernel = true" in run(
+            tmp_path / "up.safetensors", "--specs", tmp_path / "up.toml", code=1
+        )
+        (tmp_path / "up.toml").write_text(text + size + "transpose_kernel = true\n")
+        out = tmp_path / f"out{len(size)}"
+        run(tmp_path / "up.safetensors", "--specs", tmp_path / "up.toml", "--out", out)
+        found = rows(out)["up/weight"]  # of one pixel all of it is made, and nothing overlaps
+        assert found["lower"] <= np.linalg.norm(weight.astype(float)) <= found["upper"] <= 1.002 * found["lower"]
+        (tmp_path / "up.toml").write_text(text + size + "transpose_kernel = false\n")
+        run(tmp_path / "up.safetensors", "--specs", tmp_path / "up.toml")
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    """Brackets are no markup."""
+    path = tmp_path / "run[lr=1].npz"
+    np.savez(path, **{"[conv]/kernel": MATRIX, "layer[/x]/kernel": MATRIX})
+    printed = run(path, "--max-norm", 1, code=1)
+    assert all(name in printed.replace("\n", "") for name in ("[lr=1]", "[conv]/kernel", "layer[/x]/kernel"))
+
+
 def test_an_end_that_is_not_reached_is_marked(tmp_path):
     np.savez(tmp_path / "a.npz", kernel=CONV)
     (tmp_path / "specs.toml").write_text('[kernel]\npadding = "REFLECT"\n')
@@ -239,6 +296,10 @@ SPECS = {
     "path": ("[b]\nstrides = 2", "a spec for 'b', but no such path"),
     "input path": ("[b]\ninput_shape = [4]", "an input shape for 'b', but no such path"),
     "input shape": ('["*kernel"]\ninput_shape = "x"', "must be a tuple of ints"),
+    "number of axes": ('["*kernel"]\ndense = "2"', "does not split a kernel"),
+    "part of an axis": ('["*kernel"]\ndense = 1.5', "does not split a kernel"),
+    "truth": ('["*kernel"]\ndense = true', "does not split a kernel"),
+    "no truth": ('["*kernel"]\nstacked = "no"', "stacked is true or false, got 'no'"),
     "both": ("[a]\ndense = 1\nstrides = 2", "[a] is a matrix by dense, and has strides"),
     "no table": ("a = 2", 'a is no table: write ["a"]'),
     "syntax": ("[a", "specs.toml: "),
@@ -267,6 +328,24 @@ def test_what_cannot_be_read_says_what_can(tmp_path):
     for name in ("a.msgpack", "a.npz", "a.safetensors"):
         (tmp_path / name).write_bytes(b"nonsense" * 9)
         assert "a." in refused(tmp_path / name)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "one.npy", MATRIX)
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    for name in ("empty.npz", "one.npz"):
+        assert "no archive that numpy.savez wrote" in refused(tmp_path / name)
+    good = write_npz(tmp_path / "good")
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-40])
+    assert "no archive that numpy.savez wrote" in refused(tmp_path / "cut.npz")
+    assert "to write out.jsonl into" in refused(good, "--out", tmp_path / "missing" / "out.jsonl")
+    assert "select 'Dens_0*' chooses nothing" in refused(good, "--select", "Conv*", "--select", "Dens_0*")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 9)
+    run(good, "--out", tmp_path / "binary", "--select", "Dense*")
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[0,4]}}'
+    (tmp_path / "f8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "float8: convert them" in refused(tmp_path / "f8.safetensors")
+    torn = write_orbax(tmp_path / "torn")
+    (torn / "_METADATA").write_text("{torn")
+    assert "torn is no checkpoint that Orbax wrote" in refused(torn).replace("\n", " ")
     (tmp_path / "folder").mkdir()
     assert "_METADATA" in refused(tmp_path / "folder")
     np.savez(tmp_path / "b.npz", **{"opt_state/0/mu/kernel": MATRIX, "ema/kernel": MATRIX})

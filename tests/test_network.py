@@ -100,6 +100,18 @@ def test_haiku():
     assert [layer.path for layer in network.find(params)] == ["conv2_d/w", "linear/w"]
 
 
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_attention_with_fewer_heads_of_keys_and_values(use_bias):
+    """Taken for convolutions, the projections would have bounds below their norms."""
+    layer = nnx.MultiHeadAttention(4, 8, 16, num_kv_heads=2, use_bias=use_bias, decode=False, rngs=nnx.Rngs(0))
+    layer.query.kernel[...] = jnp.zeros((8, 4, 4)).at[0].set(jnp.eye(4))
+    bounds = {row.name.split("/")[0]: row.bound for row in network.report(nnx.state(layer, nnx.Param)).rows}
+    for name, axes in {"query": 1, "key": 1, "value": 1, "out": 2}.items():
+        kernel = np.asarray(getattr(layer, name).kernel[...], np.float64)
+        norm = np.linalg.norm(kernel.reshape(np.prod(kernel.shape[:axes]), -1), 2)
+        assert norm <= bounds[name] <= norm * 1.01
+
+
 def test_attention_is_made_of_matrices():
     params = nn.MultiHeadDotProductAttention(2, qkv_features=6).init(KEY, jnp.ones((1, 5, 4)))["params"]
     bounds = network.bounds(params, network.find(params))
@@ -438,7 +450,9 @@ def test_selection(params):
 
 BAD = {
     "no kernel found: .* this tree has bias": lambda p: network.find({"bias": jnp.ones(3)}),
-    "no kernel found: select .* chooses nothing": lambda p: network.find(p, select="nothing*"),
+    "select 'nothing.' chooses nothing": lambda p: network.find(p, select="nothing*"),
+    "select 'bb/.' chooses nothing": lambda p: network.report(p, select=["*", "bb/*"]),
+    "no kernel found: select .* chooses nothing": lambda p: network.find(p, select=lambda path, leaf: False),
     "b/kernel holds complex64": lambda p: network.find({**p, "b": {"kernel": 1j * jnp.eye(3)}}),
     "b/w holds float8_e4m3fn, and bounds are of float16": lambda p: network.find(
         {**p, "b": {"w": jnp.eye(3, dtype=jnp.float8_e4m3fn)}}

@@ -84,6 +84,21 @@ def test_penalty_follows_a_schedule_and_lowers_the_bounds(params):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_outside_of_jit_too_a_projection_is_compiled_once(every, caplog):
+    params = {"conv": {"kernel": jnp.full((3, 3, 2, 4), 0.5)}, "dense": {"kernel": jnp.eye(3) * 5}}
+    tx = optax.chain(
+        transforms.project_spectral_norm(1.0, every=every),
+        transforms.clip_spectrum(0.9, {"conv/kernel": (4, 4)}, every=every),
+    )
+    state, updates = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    _, state = tx.update(updates, state, params)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for _ in range(2):
+            _, state = tx.update(updates, state, params)
+    assert not [record for record in caplog.records if "compil" in record.message.lower()]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_projection_holds_after_every_step(params, dtype):
     """Sound: the true norms, by dense matrices in float64, of the very floats that training has."""

@@ -95,6 +95,20 @@ def test_without_update_nothing_changes():
     np.testing.assert_array_equal(frozen(X), frozen(X))
 
 
+def test_a_convolution_in_the_scope_of_its_parent():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = linen.Conv(4, (3, 3))
+            nn.share_scope(self, layer)
+            return layer(x)
+
+    x = jnp.ones((1, 8, 8, 3))
+    variables = Shared().init(KEY, x)
+    assert set(variables["params"]) == {"kernel", "bias"}
+    assert Shared().apply(variables, x).shape == (1, 8, 8, 4)
+
+
 def test_masks_are_respected():
     mask = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(1.0)
     wrapped = linen.SpectralBound(nn.Conv(4, (3, 3), mask=mask), mode="hard", method="weighted", warmup=300)
