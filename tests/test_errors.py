@@ -130,7 +130,7 @@ CASES = {
     "many convolutions or one matrix": (lambda: network.find({"a": {"kernel": np.ones((2, 3, 2, 4)), "bias": np.ones((2, 4))}}), "does not tell which of its axes are inputs"),
     "negative curvatures": (lambda: robustness.curvature_radii(lambda x: x, np.ones((1, 2), np.float32), -1.0), "curvatures must not be negative"),
     "negative margins": (lambda: robustness.lipschitz_radii(lambda x: x, np.ones((1, 2), np.float32), -1.0), "margins must not be negative"),
-    "an attack inwards": (lambda: robustness.attack(lambda x: x, jnp.ones((1, 2)), jnp.zeros(1, int), -1.0, key=KEY), "epsilon must be a number that is not negative"),
+    "an attack inwards": (lambda: robustness.attack(lambda x: x, jnp.ones((1, 2)), jnp.zeros(1, int), -1.0, key=KEY), "epsilon must be a finite number that is not negative"),
     "clipping without cropping, dilated": (lambda: f4.clip_singular_values(K, (4, 4), 1.0, f4.ConvSpec(padding="CIRCULAR", dilation=2), crop=False), "crop=False is for convolutions without dilation"),
     "another layer's Ryu state": (lambda: f4.heuristics.ryu_step(K, state(K)), "state must be a RyuState from ryu_init"),
     "another layer's Sedghi state": (lambda: f4.heuristics.sedghi_step(K, f4.heuristics.sedghi_init(K, (4, 4), key=KEY), (6, 6)), "this state belongs to another layer"),

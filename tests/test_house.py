@@ -20,7 +20,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"devices", "promotion", "msgpack", "checkpoints", "threads"},
+    {"devices", "promotion", "now", "msgpack", "checkpoints", "threads"},
     {"rounding", "linalg", "expression", "tables"},
     {"entry"},
     {"conv", "dense", "symbol", "jets", "layout"},
@@ -36,10 +36,13 @@ FLOORS = [
 ]
 
 LIPSCHITZ_FLOORS = [
-    {"graph", "entered"},
+    {"graph", "entered", "weights"},
     {"numbers"},
+    {"fixed"},
+    {"entrywise"},
     {"nodes"},
-    {"trace", "patterns"},
+    {"trace", "patterns", "wrapped"},
+    {"losses"},
     {"moves", "linear", "register", "hessian", "sparse", "forms"},
     {"means", "pooling", "branches"},
     {"norms", "order"},

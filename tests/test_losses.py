@@ -189,8 +189,8 @@ def test_weights_that_vanish_on_the_way(name):
 
 
 def test_weights_that_are_large_on_the_way():
-    found = lipschitz.bound(lambda z: ((nn.log_softmax(z) * 1e30) * (SMALL * 1e35)).sum() * 1e-30, jnp.zeros(4)).value
-    assert largest(SMALL * 1e35) <= found <= largest(SMALL * 1e35) * (1 + 1e-4)
+    found = lipschitz.bound(lambda z: ((nn.log_softmax(z) * 1e30) * (SMALL * 1e27)).sum() * 1e-30, jnp.zeros(4)).value
+    assert largest(SMALL * 1e27) * (1 - 1e-6) <= found <= largest(SMALL * 1e27) * (1 + 1e-4)
     huge = lambda z: functools.reduce(lambda a, _: a * 1e30, range(12), nn.log_softmax(z)).sum()
     assert lipschitz.bound(huge, jnp.zeros(4)).value == np.inf
 

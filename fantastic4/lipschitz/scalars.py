@@ -23,6 +23,7 @@ from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
+from fantastic4.rounding import subnormal_norm
 from fantastic4.values import is_total
 
 
@@ -164,7 +165,8 @@ def _times(signal: Signal, by: Any, label: Label) -> Signal:
 
 
 def _scaled(signal: Signal, by: Array, label: Label) -> Signal:
-    factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, jnp.max(jnp.abs(by), initial=0))
+    largest = jnp.maximum(jnp.max(jnp.abs(by), initial=0), subnormal_norm(by))  # which compilers may take for 0
+    factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, largest)
     name = dataclasses.replace(label, operation="scale")
     return whole(Scaled(name, signal.shape, (signal,), factor, linear=True, by=by))
 
