@@ -218,7 +218,7 @@ def _in_pieces(expr: Expr, keep: Callable[[Line], Line], most: int) -> frozenset
 
 def slopes(expr: Expr) -> frozenset[Fraction] | None:
     """All slopes of a function that is affine in pieces, and perhaps more; None for what is not of that form."""
-    lines = _in_pieces(expr, lambda line: (line[0], Fraction(0)), 4096)
+    lines = _in_pieces(expr, lambda line: (line[0], Fraction(0)), 256)
     return None if lines is None else frozenset(a for a, _ in lines)
 
 

@@ -56,9 +56,8 @@ def picked(signal: Signal) -> Signal:
         source, held = node, taken
     if source is None or not len(held) or len(held) == math.prod(node.shape):
         return signal
-    groups = _groups(source.shape, source.axes)
-    most = int(np.isin(groups, held).sum(axis=1).max())
-    if most + 1 >= groups.shape[1]:
+    most = int(np.bincount(_which_sum(source, held)).max())
+    if most + 1 >= math.prod(source.shape[a] for a in source.axes):
         return signal
     few = Picked(
         source.label, held.shape, source.inputs, math.sqrt(most + 1) * (1 + 1e-15),
@@ -80,8 +79,11 @@ def _entries(signal: Signal) -> tuple[LogSoftmax, np.ndarray] | None:
 
 def _which_sum(node: LogSoftmax, places: np.ndarray) -> np.ndarray:
     """For each entry a number for the sum that was taken from it."""
-    kept = [1 if a in node.axes else n for a, n in enumerate(node.shape)]
-    return np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), node.shape).ravel()[places]
+    at = np.unravel_index(places, node.shape)
+    kept = [a for a in range(len(node.shape)) if a not in node.axes]
+    if not kept:
+        return np.zeros_like(places)
+    return np.ravel_multi_index([at[a] for a in kept], [node.shape[a] for a in kept])
 
 
 def _logits(node: LogSoftmax, places: np.ndarray) -> Signal:
@@ -143,26 +145,25 @@ def weighed(
       The sum over log-softmax's axes alone, and over which of its axes it is still to be summed; None for what is not
       known to be that.
     """
-    dtype = jnp.result_type(float)
-    with at_once(by):
-        total = number(Fraction(1), dtype) if by is None else weights(by)
+    once, scales = Fraction(1), [] if by is None else [by]
     while True:
         node, straight = signal.node, affine(signal.expr)
         if straight is None or signal.index is not None or signal.shape != node.shape:
             return None
-        with at_once(total.values):
-            total = total if straight[0] == 1 else total.times(number(straight[0], dtype))
+        once *= straight[0]
         if isinstance(node, LogSoftmax):
             break
         if isinstance(node, Scaled):
-            with at_once(total.values, node.by):
-                total = total.times(weights(node.by))
+            scales.append(node.by)
         elif not (isinstance(node, Fixed) and node.linear and node.label.operation == SILENT):
             return None
         (signal,) = node.inputs
     if not set(node.axes) <= set(axes):
         return None
-    with at_once(total.values):
+    with at_once(*scales):
+        total = number(once, jnp.result_type(float))
+        for scale in scales:
+            total = total.times(weights(scale))
         factor, bend = _of_weights(total, node.shape, node.axes)
     name = dataclasses.replace(label, operation="cross_entropy")
     left = [a for a in range(len(node.shape)) if a not in node.axes]
