@@ -48,7 +48,7 @@ LIPSCHITZ_FLOORS = [
     {"norms", "order"},
     {"training"},
     {"scalars", "calls", "windows"},
-    {"choices", "scatter"},
+    {"choices", "scatter", "spectral"},
     {"__init__"},
 ]
 

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from fantastic4.bounds import METHODS
 from fantastic4.entry import choice
-from fantastic4.lipschitz import calls, choices, linear, moves, scalars, scatter, windows  # noqa: F401 (they fill the table)
+from fantastic4.lipschitz import calls, choices, linear, moves, scalars, scatter, spectral, windows  # noqa: F401 (they fill the table)
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.hessian import hessians
 from fantastic4.lipschitz.losses import same_margins

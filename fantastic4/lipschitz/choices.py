@@ -16,7 +16,7 @@ from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
 from fantastic4.lipschitz.nodes import Joint, Linear, Lines, settled
 from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
-from fantastic4.lipschitz.trace import COMPLEX, Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
+from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
 
 
 @rule("lt", "gt", "le", "ge", "eq", "ne")
@@ -76,8 +76,6 @@ def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if isinstance(value, Comparison):  # 0 and 1: x * (x > 0)
             return scalar(value.of, _select(value, const(1.0), const(0.0)), walk.label(eqn))
         return value
-    if jnp.issubdtype(kind, jnp.complexfloating):
-        return walk.refuse(eqn, COMPLEX)
     return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")
 
 

@@ -17,7 +17,7 @@ from fantastic4.linalg import widened
 from fantastic4.lipschitz import losses, patterns
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
-from fantastic4.lipschitz.trace import COMPLEX, Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
+from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
 from fantastic4.lipschitz.wrapped import rings
 
 
@@ -30,8 +30,6 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
                                 "constant on the whole space")  # fmt: skip
     signal, matrix = operands if left_first else operands[::-1]
     matrix = jnp.asarray(matrix)
-    if jnp.iscomplexobj(matrix):
-        return walk.refuse(eqn, COMPLEX)
     if not jnp.issubdtype(matrix.dtype, jnp.floating):  # JAX converts whole numbers and truth values in the product
         matrix = matrix.astype(jnp.promote_types(shape_and_dtype(eqn.outvars[0])[1], jnp.float32))
     own = int(left_first)

@@ -49,6 +49,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return put
 
 
+def of_complex(*names: str) -> Callable[[Rule], Rule]:
+    """The same for what takes or makes complex numbers."""
+
+    def put(function: Rule) -> Rule:
+        _COMPLEX_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return put
+
+
+_COMPLEX_RULES: dict[str, Rule] = {}
+
 CALLS = (
     *("jit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"),
     *("scan", "while", "cond"),
@@ -61,7 +73,9 @@ MOVES = (
 )
 """Primitives that do to truth values what they do to numbers."""
 
-COMPLEX = "makes complex numbers: only real ones are known here"
+_LINEAR = ("concatenate", "pad", "gather", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice")
+_LINEAR_TOO = (*MOVES, *_LINEAR, "add", "add_any", "sub", "neg", "reduce_sum", "cumsum", "pvary")
+"""Primitives whose rules hold for complex numbers as for real ones."""
 
 _WRITES = {"WriteEffect", "AccumEffect"}  # JAX has no public names for them
 
@@ -104,7 +118,7 @@ def is_known(value: Any) -> bool:
 
 def uniform(value: Any) -> float | None:
     """The number that all entries of a known constant are, NaN where they are none; None for all others."""
-    if not is_known(value):
+    if not is_known(value) or jnp.iscomplexobj(value):
         return None
     entries = np.asarray(value).ravel()
     if entries.size == 0 or not (np.all(entries == entries[0]) or np.all(entries != entries)):
@@ -124,6 +138,10 @@ def _is_narrow(variable: Any) -> bool:
         return False
     info = jnp.finfo(dtype)
     return float(info.max) < 1e38 or float(info.min) > -1e38
+
+
+def _is_complex(variable: Any) -> bool:
+    return jnp.issubdtype(getattr(variable.aval, "dtype", np.float32), jnp.complexfloating)
 
 
 def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
@@ -225,7 +243,7 @@ class Walk:
         for operand in operands:
             if isinstance(operand, Refused) and name not in CALLS:
                 return [operand] * len(eqn.outvars)
-        rule = USER_RULES.get(name) or RULES.get(name)
+        rule = USER_RULES.get(name) or self._rule(eqn)
         comparisons = [o for o in operands if isinstance(o, Comparison)]
         if comparisons and name not in (*CALLS, "select_n", "not", "and", "or", "convert_element_type"):
             if name not in MOVES or len(operands) > 1 or rule is None:
@@ -245,6 +263,13 @@ class Walk:
             if any(map(_is_narrow, eqn.outvars)):
                 self.entered.strange()
         return results
+
+    def _rule(self, eqn: core.JaxprEqn) -> Rule | None:
+        name = eqn.primitive.name
+        if name in CALLS or not any(map(_is_complex, (*eqn.invars, *eqn.outvars))):
+            return RULES.get(name)
+        refuse = lambda walk, eqn, operands: walk.refuse(eqn, "of complex numbers is not known: take its parts")  # noqa: E731
+        return _COMPLEX_RULES.get(name) or (RULES.get(name) if name in _LINEAR_TOO else refuse)
 
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""
