@@ -50,6 +50,9 @@ LINEAR = {
     ),
     "added and subtracted": (lambda x: (lambda y: y[::-1] - 2 * y + 1j)(jnp.fft.fft(x)), (5,), 1.5),
     "chosen by a mask": (lambda x: jnp.fft.irfft(jnp.where(np.arange(5) < 2, jnp.fft.rfft(x), 0), n=8), (8,), 1.4143),
+    "frequencies that stand for two": (
+        lambda x: jnp.fft.irfft(jnp.pad(x, 1).astype(jnp.complex64), n=10), (4,), 1.0001
+    ),
     "sum": (lambda x: jnp.fft.fft(x).sum(), (5,), 1.0001),
 }  # fmt: skip
 CURVED = {
@@ -98,6 +101,12 @@ def test_constants_under_jit_and_in_float64():
         assert scale(wide, jnp.ones(5)) >= 5**0.5 * np.abs(wide).max()
     assert np.isnan(scale(np.where(np.arange(5) == 2, np.nan, VECTOR), jnp.ones(5)))
     assert scale(np.full(5, 3e38 + 3e38j, np.complex64), jnp.ones(5)) == np.inf
+
+
+def test_sizes_of_complex_numbers_have_a_kink():
+    with pytest.raises(lipschitz.UnboundedError, match="'abs'"):
+        lipschitz.curvature(lambda x: jnp.abs(jnp.fft.fft(x)).sum(), jnp.ones(5))
+    assert lipschitz.curvature(lambda x: jnp.tanh(jnp.fft.fft(x).real), jnp.ones(5)).value < np.inf
 
 
 REFUSED = {
