@@ -43,6 +43,17 @@ class Interval(NamedTuple):
         low = np.minimum.reduce([np.where(exact, e, np.nextafter(e, -np.inf)) for e, exact in ends])
         return _finite(low, np.maximum.reduce([np.where(exact, e, np.nextafter(e, np.inf)) for e, exact in ends]))
 
+    def times_power(self, power: float) -> Interval:
+        """Product with a power of two: exact, but for what nearly vanishes; at a kink it must be."""
+        ends = (self.lo * power, self.hi * power) if power > 0 else (self.hi * power, self.lo * power)
+        near = [np.abs(end) < 1e-290 for end in ends]
+        low, high = (
+            np.where(near[0], np.nextafter(ends[0], -np.inf), ends[0]),
+            np.where(near[1], np.nextafter(ends[1], np.inf), ends[1]),
+        )
+        zero = [end == 0 for end in (self if power > 0 else self[::-1])]
+        return _finite(np.where(zero[0], 0.0, low), np.where(zero[1], 0.0, high))
+
     def hull(self, other: Interval) -> Interval:
         """Both."""
         return Interval(np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi))
@@ -249,6 +260,9 @@ def jet(expr: Expr, x: Interval) -> Jet:
         return Jet(*(a.plus(b) for a, b in zip(left, right, strict=True)))
     if expr.op == "sub":
         return Jet(*(a.plus(-b) for a, b in zip(left, right, strict=True)))
+    power = _power_of_two(expr)
+    if power is not None:
+        return Jet(*(part.times_power(power) for part in (right if expr.args[0].op == "const" else left)))
     if expr.op == "mul":
         product = _times(left, right)
         return _not_negative(product) if expr.args[0] == expr.args[1] else product
@@ -258,6 +272,17 @@ def jet(expr: Expr, x: Interval) -> Jet:
     chosen = _pick(bigger, smaller, left, right) if expr.op == "max" else _pick(smaller, bigger, left, right)
     function = np.maximum if expr.op == "max" else np.minimum
     return chosen._replace(value=Interval(*(function(a, b) for a, b in zip(left.value, right.value, strict=True))))
+
+
+def _power_of_two(expr: Expr) -> float | None:
+    """The power of two, or its negative, that a product or a quotient multiplies by; None for all others."""
+    place = next((i for i, arg in enumerate(expr.args) if arg.op == "const"), None)
+    if expr.op not in ("mul", "div") or place is None or (expr.op == "div" and place == 0):
+        return None
+    number = expr.args[place].number
+    if math.frexp(number)[0] not in (0.5, -0.5) or not 1e-100 < abs(number) < 1e100:
+        return None
+    return 1 / number if expr.op == "div" else number
 
 
 def _not_negative(p: Jet) -> Jet:

@@ -17,7 +17,19 @@ from typing import Protocol
 
 import numpy as np
 
-from fantastic4.expression import Expr, X, affine, const, in_units, kinks, layers, parts, selections, single_waves
+from fantastic4.expression import (
+    Expr,
+    X,
+    affine,
+    const,
+    in_units,
+    kinks,
+    layers,
+    parts,
+    selections,
+    single_waves,
+    substitute,
+)
 from fantastic4.jets import Interval, jet
 from fantastic4.rounding import times_up
 from fantastic4.tails import BORDER, integral, sup, tail
@@ -177,6 +189,21 @@ def _largest(expr: Expr, order: int, what: str, pace: float | None, far: float |
     return result
 
 
+def _within_reach(expr: Expr, order: int, what: str, pace: float | None) -> float:
+    """`_largest`; or where it changes over beyond the border, in units in which that is within."""
+    try:
+        return _largest(expr, order, what, pace)
+    except ValueError:
+        far = max(map(abs, kinks(expr)), default=0.0)
+        if not BORDER < far < 1e300:
+            raise
+        unit = 2.0 ** math.ceil(math.log2(far / BORDER))
+        with contextlib.suppress(ValueError):
+            nearer = substitute(expr, X, Expr("mul", (const(unit), X)))
+            return times_up(*[1 / unit] * order, _largest(nearer, order, what, _slower(pace, 1 / unit)))
+        raise
+
+
 def _above(number: Fraction) -> float:
     """The size of a number, as a float that is no smaller."""
     try:
@@ -258,7 +285,7 @@ def _steepest(expr: Expr, pace: float | None = None) -> float:
         return _above(straight[0])
     found, refused = math.inf, None
     try:
-        found = _largest(expr, 1, "slope", pace)
+        found = _within_reach(expr, 1, "slope", pace)
     except ValueError as error:
         refused = error
     if refused or any(part.op in ("sin", "cos") for part in parts(expr)):
@@ -296,7 +323,7 @@ def _most_bent(expr: Expr, pace: float | None = None) -> float:
     if affine(expr) is not None:
         return 0.0
     try:
-        return _largest(expr, 2, "curvature", pace)
+        return _within_reach(expr, 2, "curvature", pace)
     except ValueError as refused:
         for outer, inner in layers(expr):
             with contextlib.suppress(ValueError):

@@ -79,6 +79,7 @@ KNOWN = {
     "sigmoid": (lambda z: optax.sigmoid_binary_cross_entropy(z, SOFT), SOME, max(SOFT.max(), 1 - SOFT.min()), None),
     "sigmoid, hard": (lambda z: optax.sigmoid_binary_cross_entropy(z, HOT).sum(), ONE, CLASSES**0.5, None),
     "snake, a slope for each": (lambda z: z + jnp.sin(SLOPES * z) ** 2 / SLOPES, SOME, 2.0, None),
+    "huber, far out": (lambda z: optax.huber_loss(z, delta=500.0).sum(), ONE, 500 * CLASSES**0.5, 1.0),
     "huber": (lambda z: optax.huber_loss(z, ANY, delta=0.5), SOME, 0.5, None),
 }  # fmt: skip
 # What looks alike.

@@ -52,6 +52,7 @@ KINKED = {
     "leaky": (op("select", X, 0, op("mul", X, 0.01), X), 1.0),
     "abs": (op("abs", op("mul", -2, X)), 2.0),
     "relu6": (op("min", op("max", X, 0), 6), 1.0),
+    "half a square, cut off far out": (op("mul", 0.5, op("power", op("min", op("max", X, 0), 70), number=2)), 70.0),
     "hard-sigmoid": (op("div", op("min", op("max", op("add", X, 3), 0), 6), 6), 1 / 6),
     "hard-swish": (op("mul", X, op("div", op("min", op("max", op("add", X, 3), 0), 6), 6)), 1.5),
 }
@@ -125,7 +126,7 @@ def test_jumps_are_seen_in_the_units_of_the_input(inner):
 def test_functions_with_kinks_have_no_curvature(name):
     expression, slope = KINKED[name]
     assert slope <= steepest(expression) <= slope * (1 + 1e-5)
-    with pytest.raises(ValueError, match="its slope jumps at"):
+    with pytest.raises(ValueError, match=r"its slope jumps at|no finite bound"):
         most_bent(expression)
 
 
