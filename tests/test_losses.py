@@ -87,6 +87,7 @@ OTHERS = {
     "another class's sum": (lambda z: nn.logsumexp(z, -1) - z[::-1, 0], SOME),
     "a part's sum": (lambda z: nn.logsumexp(z[:2]) - z[3], ONE),
     "a sum of twice as much": (lambda z: nn.logsumexp(2 * z) - z[2], ONE),
+    "two labels of one sum": (lambda z: nn.logsumexp(z) - z[np.array([1, 3])], ONE),
     "five times a logit": (lambda z: nn.logsumexp(z) - 5 * z[2], ONE),
     "one label for all": (lambda z: nn.logsumexp(z, -1) - z[0, 0], SOME),
     "weights along the other axis": (lambda z: jnp.sum(ANY * nn.log_softmax(z, 0), 1), SOME),
