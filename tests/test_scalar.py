@@ -11,6 +11,7 @@ from fantastic4.expression import substitute
 from fantastic4.jets import Interval, jet
 from fantastic4.rounding import times_up
 from fantastic4.scalar import Expr, X, const, extremes, most_bent, steepest
+from fantastic4.tails import BORDER, tail
 
 
 def op(name, *args, number=0.0):
@@ -84,6 +85,35 @@ def test_functions_that_are_stretched_and_moved(name, a, b):
         ends = np.array(extremes(f, order)) * scale
         wanted = sorted(-ends) if a < 0 and order == 1 else ends
         np.testing.assert_allclose(extremes(g, order), wanted, atol=3e-6 * known * scale)
+
+
+INSIDE = {
+    "x": (X, lambda x: x),
+    "-3x": (op("mul", -3, X), lambda x: -3 * x),
+    "x²": (op("power", X, number=2), jnp.square),
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", ["atan", "asinh", "tanh", "logistic", "erf"])
+def test_envelopes_lie_above_what_they_envelop(name, inside, x64):
+    """At the border and beyond, values, slopes and curvatures, on both sides."""
+    functions = {
+        "atan": jnp.arctan,
+        "asinh": jnp.arcsinh,
+        "tanh": jnp.tanh,
+        "logistic": jax.nn.sigmoid,
+        "erf": jax.lax.erf,
+    }
+    expression, inner = INSIDE[inside]
+    f = lambda x: functions[name](inner(x))
+    t = np.concatenate([np.linspace(BORDER, 60, 50), np.logspace(2, 5, 20)])
+    for sign in (1.0, -1.0):
+        with np.errstate(all="ignore"):
+            found = tail(op(name, expression), sign)
+        for terms, exact in zip(found[:3], (f, jax.grad(f), jax.grad(jax.grad(f))), strict=True):
+            above = sum(c * t**n * np.exp(-a * t) for c, n, a in terms)
+            assert np.all(np.abs(jax.vmap(exact)(jnp.asarray(sign * t))) <= above * (1 + 1e-9) + 1e-300)
 
 
 def test_numbers_that_vanish_on_the_way():
