@@ -50,6 +50,10 @@ class JumpError(ValueError):
     """A function that is not continuous."""
 
 
+class _NoBoundError(ValueError):
+    """Nothing finite was found."""
+
+
 def _seen(expr: Expr, points: np.ndarray) -> float:
     """The largest |f'| that is seen at some points."""
     sizes = jet(expr, Interval(points, points)).slope.smallest()
@@ -185,7 +189,7 @@ def _largest(expr: Expr, order: int, what: str, pace: float | None, far: float |
         except OverflowError:  # of an envelope: it is no bound then
             result = math.inf
     if not math.isfinite(result):
-        raise ValueError(f"its {what} has no finite bound that is known, on the whole line")
+        raise _NoBoundError(f"its {what} has no finite bound that is known, on the whole line")
     return result
 
 
@@ -193,7 +197,7 @@ def _within_reach(expr: Expr, order: int, what: str, pace: float | None) -> floa
     """`_largest`; or where it changes over beyond the border, in units in which that is within."""
     try:
         return _largest(expr, order, what, pace)
-    except ValueError:
+    except _NoBoundError:  # and it does not jump, as far as it was looked at
         far = max(map(abs, kinks(expr)), default=0.0)
         if not BORDER < far < 1e300:
             raise
