@@ -11,12 +11,7 @@ import numpy as np
 
 _PARAMS = ("params", "model")  # what a checkpoint of a whole training run calls them, first choice first
 _CONVERSIONS = {
-    (
-        ".pt",
-        ".pth",
-        ".bin",
-        ".ckpt",
-    ): "; save its state_dict() by safetensors.torch.save_file",
+    (".pt", ".pth", ".bin", ".ckpt"): "; save its state_dict() by safetensors.torch.save_file",
     (".h5", ".hdf5", ".keras"): "; save it by numpy.savez, a kernel a name",
 }
 _NOT_PARAMS = {"opt_state", "optimizer"}  # have leaves of the same names: moments

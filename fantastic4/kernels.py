@@ -248,7 +248,8 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
 
     Unless ``specs`` says otherwise a convolution has `ConvSpec`'s defaults: whatever its strides, dilation, groups,
     zero or circular padding, and transposed too, its norm is at most that; a spec with strides or groups is tighter.
-    REFLECT and EDGE padding add to the norm: there a spec is needed.
+    REFLECT and EDGE padding add to the norm: there a spec is needed. PyTorch keeps a transposed layer's ``weight`` the
+    other way around than Equinox: its spec has ``transpose_kernel=True``.
 
     Args:
       params: any pytree.

@@ -12,7 +12,7 @@ from jax import Array
 from fantastic4.expression import Expr, X
 from fantastic4.lipschitz.fixed import SILENT, Fixed, Scaled
 from fantastic4.lipschitz.graph import Signal
-from fantastic4.lipschitz.weights import Weights, number, weights
+from fantastic4.lipschitz.weights import Weights, number, times_power_up, weights
 from fantastic4.rounding import round_up
 from fantastic4.scalar import extremes
 
@@ -96,4 +96,4 @@ def _steepest(terms: Sequence[tuple[Weights, Sequence[float]]]) -> Array:
     steepest = jnp.maximum(jnp.abs(low), jnp.abs(high)) + round_up(size, 4)
     # Asked of every entry: on a CPU, a maximum over thousands may drop a NaN.
     largest = jnp.where(jnp.any(jnp.isnan(steepest)), jnp.nan, jnp.max(steepest, initial=0))
-    return Weights(largest, largest, top).up(round_up(largest, 4 + 2 * len(terms)))
+    return times_power_up(round_up(largest, 4 + 2 * len(terms)), top)

@@ -20,7 +20,7 @@ from fantastic4.expression import X, affine
 from fantastic4.lipschitz.fixed import SILENT, Fixed, LogSoftmax, LogSumExp, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, multiplicity, whole
 from fantastic4.lipschitz.trace import at_once
-from fantastic4.lipschitz.weights import Weights, number, weights
+from fantastic4.lipschitz.weights import Weights, number, times_power_up, weights
 from fantastic4.rounding import gamma, round_up
 
 
@@ -191,5 +191,5 @@ def _of_weights(by: Weights, shape: Sequence[int], axes: Sequence[int]) -> tuple
     bend = jnp.max(jnp.abs(total) + error * size) / 2
     # By what the weights may be off, each of them; where one is none, neither is the sum.
     off = round_up(by.error * count, 2) + 0 * by.largest
-    factor, bend = (by.up(round_up(part + 2 * off, 8)) for part in (root, bend))
+    factor, bend = (times_power_up(round_up(part + 2 * off, 8), by.exponent) for part in (root, bend))
     return factor, bend

@@ -73,8 +73,11 @@ MOVES = (
 )
 """Primitives that do to truth values what they do to numbers."""
 
-_LINEAR = ("concatenate", "pad", "gather", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice")
-_LINEAR_TOO = (*MOVES, *_LINEAR, "add", "add_any", "sub", "neg", "reduce_sum", "cumsum", "pvary")
+_LINEAR = (
+    *MOVES,
+    *("concatenate", "pad", "gather", "scatter", "scatter-add", "dynamic_slice", "dynamic_update_slice"),
+    *("add", "add_any", "sub", "neg", "reduce_sum", "cumsum"),
+)
 """Primitives whose rules hold for complex numbers as for real ones."""
 
 _WRITES = {"WriteEffect", "AccumEffect"}  # JAX has no public names for them
@@ -269,7 +272,7 @@ class Walk:
         if name in CALLS or not any(map(_is_complex, (*eqn.invars, *eqn.outvars))):
             return RULES.get(name)
         refuse = lambda walk, eqn, operands: walk.refuse(eqn, "of complex numbers is not known: take its parts")  # noqa: E731
-        return _COMPLEX_RULES.get(name) or (RULES.get(name) if name in _LINEAR_TOO else refuse)
+        return _COMPLEX_RULES.get(name) or (RULES.get(name) if name in _LINEAR else refuse)
 
     def refuse(self, eqn: core.JaxprEqn, why: str) -> list[Any]:
         """Results that nothing may depend on."""

@@ -43,15 +43,12 @@ class Weights(NamedTuple):
             self.values * other.values, round_up(error, 8) + 2 * float(info.tiny), self.exponent + other.exponent
         )
 
-    def up(self, size: Array) -> Array:
-        """A number ≥ 0 in units of the values as a float that is no smaller."""
-        info = jnp.finfo(size.dtype)
-        half = self.exponent // 2
-        powers = [
-            jnp.ldexp(jnp.ones((), size.dtype), jnp.clip(e, info.minexp, info.maxexp - 1))
-            for e in (half, self.exponent - half)
-        ]
-        return product_up(size, *powers)
+
+def times_power_up(size: Array, exponent: Array) -> Array:
+    """A number ≥ 0 times 2^exponent, as a float that is no smaller."""
+    info, half = jnp.finfo(size.dtype), exponent // 2
+    exponents = (jnp.clip(e, info.minexp, info.maxexp - 1) for e in (half, exponent - half))
+    return product_up(size, *(jnp.ldexp(jnp.ones((), size.dtype), e) for e in exponents))
 
 
 def _at_one(values: Array, error: Array, exponent: Array) -> Weights:
