@@ -15,6 +15,7 @@ from fantastic4.expression import X
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import concatenate, moved
 from fantastic4.lipschitz.nodes import Either
+from fantastic4.lipschitz.sizes import Size, largest_of
 from fantastic4.lipschitz.trace import Comparison, Refused, Walk, is_constant, is_known, rule, shape_and_dtype
 
 _LONGEST = 100_000  # iterations of a while loop
@@ -26,7 +27,14 @@ def _call(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     with walk.inside(eqn):
         closed = isinstance(inner, core.ClosedJaxpr)
         results = walk.closed(inner, operands) if closed else walk.jaxpr(inner, [], operands)
-    return [_named(result, operands, str(eqn.params.get("name", ""))) for result in results]
+    named = [_named(result, operands, str(eqn.params.get("name", ""))) for result in results]
+    for old, new in zip(results, named, strict=True):
+        walk.remember(new, _alike, [old])
+    return named
+
+
+def _alike(size: Any) -> Any:
+    return size
 
 
 def _named(result: Any, operands: Sequence[Any], name: str) -> Any:
@@ -51,7 +59,7 @@ def _scan(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     stacked: dict[int, list[Any]] = {}
     for i in order:
         with walk.inside(eqn):
-            results = walk.closed(body, [*fixed, *carry, *(_entry(s, i) for s in sequences)])
+            results = walk.closed(body, [*fixed, *carry, *(_entry(walk, s, i) for s in sequences)])
         carry = results[:carried]
         stacked[i] = results[carried:]
     ys = []
@@ -69,14 +77,16 @@ def _as_inside(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     return sum(shape_and_dtype(o)[0] == shape_and_dtype(i)[0] for o, i in zip(outside, inside, strict=True))
 
 
-def _entry(value: Any, i: int) -> Any:
+def _entry(walk: Walk, value: Any, i: int) -> Any:
     """``value[i]``."""
     if isinstance(value, Refused):
         return value
     if isinstance(value, Comparison):
         return _COMPARED
     if isinstance(value, Signal):
-        return moved(value, value.places[i])
+        found = moved(value, value.places[i])
+        walk.remember(found, lambda size: size.moved(lambda x: x[i]), [value])
+        return found
     return value[i]
 
 
@@ -97,7 +107,9 @@ def _stack(walk: Walk, members: Sequence[Any], label: Label) -> Any:
         return jnp.stack(members)
     walk.entered.meet("stack", members)
     rows = [moved(m, m.places[None]) if isinstance(m, Signal) else jnp.asarray(m)[None] for m in members]
-    return concatenate(rows, 0, label)
+    found = concatenate(rows, 0, label)
+    walk.remember(found, lambda *sizes: Size(jnp.stack([s.entries for s in sizes])), members)
+    return found
 
 
 @rule("cond")
@@ -122,6 +134,7 @@ def _cond(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         elif signals:
             walk.entered.meet("cond", members)
             results.append(whole(Either(walk.label(eqn), signals[0].shape, signals)))
+            walk.remember(results[-1], largest_of, members)
         else:
             results.append(lax.select_n(jnp.clip(which, 0, len(branches) - 1), *members))
     return results

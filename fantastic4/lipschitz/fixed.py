@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fantastic4.lipschitz.graph import Node
@@ -69,6 +71,30 @@ class Scaled(Fixed):
     """
 
     by: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
+
+
+@dataclasses.dataclass(eq=False)
+class Confined(Fixed):
+    """Entries that lie in balls around 0, those with the same place along all other axes in one.
+
+    Attributes:
+      axes: along which they are together.
+      radius: the root of the sum of their squares is at most that.
+    """
+
+    axes: tuple[int, ...] = ()
+    radius: float = math.inf
+
+    @property
+    def ball(self) -> np.ndarray:
+        """For each entry in row-major order, in which ball it lies, counted from 0."""
+        kept = [1 if a in self.axes else n for a, n in enumerate(self.shape)]
+        return np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), self.shape).ravel()
+
+
+@dataclasses.dataclass(eq=False)
+class Softmax(Confined):
+    """Probabilities: those in one ball add up to 1, whose squares to no more."""
 
 
 @dataclasses.dataclass(eq=False)

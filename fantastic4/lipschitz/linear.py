@@ -14,7 +14,7 @@ from jax.extend import core
 
 from fantastic4.conv import ConvSpec
 from fantastic4.linalg import widened
-from fantastic4.lipschitz import losses, patterns
+from fantastic4.lipschitz import losses, patterns, products
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
 from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
@@ -26,8 +26,7 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (contract, batch) = eqn.params["dimension_numbers"]
     left_first = isinstance(operands[0], Signal)
     if left_first and isinstance(operands[1], Signal):
-        return walk.refuse(eqn, "multiplies two signals that both depend on the input, as attention does: no Lipschitz "
-                                "constant on the whole space")  # fmt: skip
+        return products.of_matrices(walk, eqn, operands)
     signal, matrix = operands if left_first else operands[::-1]
     matrix = jnp.asarray(matrix)
     if not jnp.issubdtype(matrix.dtype, jnp.floating):  # JAX converts whole numbers and truth values in the product

@@ -52,22 +52,6 @@ class Sum(Node):
 
 
 @dataclasses.dataclass(eq=False)
-class Product(Node):
-    """A product of two signals that are both bounded.
-
-    Attributes:
-      sizes: what their entries are at most, in absolute value.
-    """
-
-    sizes: tuple[float, float] = (math.inf, math.inf)
-
-    def lipschitz(self, given: Sequence[Array], how: Numbers) -> Array:
-        """|a b - a' b'| ≤ |b| |a - a'| + |a'| |b - b'|."""
-        a, b = self.sizes
-        return how.sum([how.times(b, given[0]), how.times(a, given[1])])
-
-
-@dataclasses.dataclass(eq=False)
 class Joint(Node):
     """Entries of several signals, each at most once: side by side, the larger of two, or chosen by a constant.
 

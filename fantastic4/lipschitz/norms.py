@@ -8,7 +8,7 @@ import sys
 from fractions import Fraction
 
 from fantastic4.expression import Expr, X, affine, const, multiple_of, parts, substitute
-from fantastic4.lipschitz.fixed import Fixed
+from fantastic4.lipschitz.fixed import Confined, Fixed
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.means import same, squared
 from fantastic4.lipschitz.moves import reshaped
@@ -26,11 +26,13 @@ class Norm(Fixed):
       of: u.
       axes: which.
       least: the smallest number that it can be.
+      share: √a, not rounded up.
     """
 
     of: Signal | None = None
     axes: tuple[int, ...] = ()
     least: float = 0.0
+    share: float = 0.0
 
 
 def _float(number: Fraction) -> float:
@@ -84,8 +86,16 @@ def norm(signal: Signal, label: Label) -> Signal | None:
     if factor >= sys.float_info.max:
         return None
     name = dataclasses.replace(label, operation="norm")
-    root_of_all = Norm(name, node.shape, (of,), factor, of=of, axes=axes, least=least)
+    root_of_all = Norm(name, node.shape, (of,), factor, of=of, axes=axes, least=least, share=_root(a) * (1 - 1e-14))
     return dataclasses.replace(signal, node=root_of_all, expr=X, label=name)
+
+
+def _steepness(expr: Expr) -> float:
+    """P, of what `_smallest` knows."""
+    if expr.op == "max":
+        return max(map(_steepness, expr.args))
+    straight = affine(expr)
+    return 0.0 if straight is None else _float(straight[0]) * (1 - 1e-15)
 
 
 def _smallest(expr: Expr, least: float) -> float | None:
@@ -107,7 +117,7 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     """The quotient u / g with g = p √(a Σ u² + b) + q, or the larger of that and a number: 1 over the smallest g.
 
     The Jacobian I / g - (p a / (s g²)) u uᵀ, with s the root, has the eigenvalues 1/g and (p b + q s) / (s g²), which
-    lies between 0 and 1/g.
+    lies between 0 and 1/g. And ‖u‖ / g ≤ 1 / (p √a).
     """
     node, shape = bottom.node, top.shape
     if not isinstance(node, Norm) or node.of is None or math.prod(shape) != math.prod(node.of.shape):
@@ -122,7 +132,9 @@ def normalised(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     if not same(top, node.of) or not spread_of(bottom, top.shape, node.axes):
         return None
     name = dataclasses.replace(label, operation="normalise")
-    found = Fixed(name, top.shape, (top,), _UP / smallest)
+    share = _steepness(bottom.expr) * node.share
+    radius = _UP / share if share >= VANISHES else math.inf
+    found = Confined(name, top.shape, (top,), _UP / smallest, most=radius, axes=node.axes, radius=radius)
     return reshaped(dataclasses.replace(whole(found), expr=times), shape)
 
 

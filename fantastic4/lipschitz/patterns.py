@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from fantastic4.expression import Expr, X
-from fantastic4.lipschitz.fixed import Fixed, LogSoftmax, LogSumExp, Reduced
+from fantastic4.lipschitz.fixed import LogSoftmax, LogSumExp, Reduced, Softmax
 from fantastic4.lipschitz.graph import Label, Node, Signal, whole
 from fantastic4.lipschitz.nodes import Sum
 
@@ -78,7 +78,8 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     source, level = _without_level(exponent, axes)
     name = dataclasses.replace(label, operation="softmax")
     bend = (2 / 27) ** 0.5 * (1 + 1e-15)
-    return whole(Fixed(name, top.shape, (source,), 0.5, bend=bend, unmoved=level, most=1.0))
+    found = Softmax(name, top.shape, (source,), 0.5, bend=bend, unmoved=level, most=1.0, axes=tuple(axes), radius=1.0)
+    return whole(found)
 
 
 def softmax_product(a: Signal, b: Signal, label: Label) -> Signal | None:

@@ -13,16 +13,15 @@ from jax import Array
 from jax.extend import core
 
 from fantastic4.expression import UNARY, Expr, X, affine, const
-from fantastic4.linalg import widened
-from fantastic4.lipschitz import forms, losses, means, norms, patterns
+from fantastic4.lipschitz import forms, losses, means, norms, patterns, products
 from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, UnboundedError, reachable, whole
 from fantastic4.lipschitz.moves import moved, reshaped
-from fantastic4.lipschitz.nodes import Joint, Linear, Product, Sum
+from fantastic4.lipschitz.nodes import Joint, Linear, Sum
 from fantastic4.lipschitz.numbers import largest
 from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
-from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform
+from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform, wide
 from fantastic4.rounding import subnormal_norm
 from fantastic4.values import is_total
 
@@ -138,16 +137,9 @@ def shifted(signal: Signal, label: Label) -> Signal:
     return whole(Fixed(name, signal.shape, (signal,), linear=True, apply=lambda x: x))
 
 
-def _wide(x: Any) -> Array:
-    """Constants in the widest type there is: what is done with them is rounded."""
-    with at_once(x):
-        x = widened(jnp.asarray(x))
-        return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
-
-
 def _times(signal: Signal, by: Any, label: Label) -> Signal:
     """A signal times constants that differ from entry to entry, or are not known."""
-    by, node = _wide(by), signal.node
+    by, node = wide(by), signal.node
     if isinstance(node, Sparse | Pool) and signal.is_shifted:
         with at_once(by):  # squeezed, as Flax does with a batch that it has added
             inside = by if signal.shape == node.shape else jnp.broadcast_to(by, signal.shape).reshape(node.shape)
@@ -187,7 +179,7 @@ def _add(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
     label = walk.label(eqn)
     if isinstance(a, Signal) and isinstance(b, Signal):
-        known = [patterns.logsumexp]
+        known = [patterns.logsumexp, products.between]
         if op == "sub":
             a, b = losses.same_differences(a, b)
             known = [patterns.log_softmax, _less_log_softmax, losses.cross_entropy, means.centred, means.variance]
@@ -223,13 +215,6 @@ def _normalised(a: Signal, b: Signal, label: Label) -> Signal | None:
     return norms.normalised_product(a, b, label)
 
 
-def _bounded_product(a: Signal, b: Signal, label: Label) -> Signal | None:
-    """A product of bounded functions, as tanh(u) · sigmoid(v)."""
-    sizes = largest(a), largest(b)
-    most = math.nextafter(sizes[0] * sizes[1], math.inf) if max(sizes) < math.inf else math.inf
-    return whole(Product(label, a.shape, (a, b), sizes=sizes, most=most)) if most < math.inf else None
-
-
 @rule("mul")
 def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
@@ -239,12 +224,11 @@ def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             _of_one("mul", a, b, label)
             or patterns.softmax_product(a, b, label)
             or _normalised(a, b, label)
-            or _bounded_product(a, b, label)
+            or products.of_entries(walk, a, b, label)
             or walk.refuse(
                 eqn,
-                "multiplies two signals that both depend on the input, not both known to be bounded: no Lipschitz "
-                "constant on the whole space. Attention and gates have none, of normalisation x / sqrt(sum(x²) + c) is "
-                "known: bound both factors, as by jnp.clip or jnp.tanh, or register a rule",
+                products.UNBOUNDED + "; x / sqrt(sum(x²) + c) is known. Else bound both factors, as by jnp.clip or "
+                "jnp.tanh, or register a rule",
             )
         )
     signal, other = (a, b) if isinstance(a, Signal) else (b, a)
@@ -286,7 +270,7 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return scalar(a, Expr("div", (a.expr, const(number))), label)
     if number == 0:
         return walk.refuse(eqn, "divides by zero")
-    b = _wide(b)
+    b = wide(b)
     with at_once(b):
         over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
         vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)

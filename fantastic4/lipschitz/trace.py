@@ -11,7 +11,7 @@ import math
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.extend import core
 
 from fantastic4.devices import vary_over, varying_axes
 from fantastic4.expression import X, size
+from fantastic4.linalg import widened
 from fantastic4.lipschitz.entered import Entered, where_all
 from fantastic4.lipschitz.fixed import Input
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
@@ -161,10 +162,33 @@ def _source(eqn: core.JaxprEqn) -> str:
     return ""
 
 
+class Made(NamedTuple):
+    """What made a signal.
+
+    Attributes:
+      signal: it.
+      how: the equation; or a function of what is known of its operands' sizes, where it is none.
+      operands: of that.
+      place: which of its results.
+    """
+
+    signal: Signal
+    how: Any
+    operands: tuple[Any, ...]
+    place: int = 0
+
+
 class Walk:
-    """One walk: reads equations in order, and knows where it is."""
+    """One walk: reads equations in order, and knows where it is.
+
+    Attributes:
+      made: what made each signal, by its identity.
+      sizes: what is known of how large they are, by their identity, with them.
+    """
 
     def __init__(self) -> None:
+        self.made: dict[int, Made] = {}
+        self.sizes: dict[int, tuple[Signal, Any]] = {}
         self.prefix: list[str] = []
         self.sources: list[str] = []
         self.joined: dict[Any, Signal] = {}
@@ -236,7 +260,7 @@ class Walk:
         return self._constants.setdefault(self._contents[id(value)][1], value)
 
     def _results(self, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
-        name = eqn.primitive.name
+        name, given = eqn.primitive.name, operands
         if name == "pvary":  # in a shard_map: the same numbers, of which JAX keeps in mind that others vary
             return operands
         if all(map(is_constant, operands)):
@@ -261,11 +285,19 @@ class Walk:
         except UnboundedError as error:
             return [Refused(str(error))] * len(eqn.outvars)
         results = list(found) if isinstance(found, list | tuple) else [found]
+        if name not in CALLS:
+            for place, result in enumerate(results):
+                self.remember(result, eqn, given, place)
         if name not in CALLS and not all(map(is_constant, results)):
             self.entered.meet(name, operands)
             if any(map(_is_narrow, eqn.outvars)):
                 self.entered.strange()
         return results
+
+    def remember(self, result: Any, how: Any, operands: Sequence[Any], place: int = 0) -> None:
+        """Keep in mind what made a result; one that is an operand has been made before."""
+        if isinstance(result, Signal) and not any(result is o for o in operands):
+            self.made.setdefault(id(result), Made(result, how, tuple(operands), place))
 
     def _rule(self, eqn: core.JaxprEqn) -> Rule | None:
         name = eqn.primitive.name
@@ -303,6 +335,15 @@ def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """
     with contextlib.nullcontext() if eqn.effects else at_once(*operands):
         return _bind(eqn, operands)
+
+
+def wide(x: Any) -> Array:
+    """Constants in the widest type there is: what is done with them is rounded."""
+    with at_once(x):
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = widened(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def at_once(*operands: Any) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,375 @@
+"""How large the entries of a signal are at most, and how long rows of them, whatever the input is.
+
+So a product of two signals has a Lipschitz constant where both are bounded: of what is normalised, squashed, or a
+matrix of such. It is looked for where a product asks, back through the equations that made its factors: each entry by
+the absolute values of what it is computed from; and entries that are known to lie in a ball, as those that have been
+normalised together, by its radius too, which for a row of n is up to √n smaller than their largest values say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend import core
+
+from fantastic4 import dense
+from fantastic4.expression import affine
+from fantastic4.lipschitz.fixed import Confined, Scaled
+from fantastic4.lipschitz.graph import Signal
+from fantastic4.lipschitz.numbers import largest
+from fantastic4.lipschitz.trace import Walk, at_once, evaluate, is_constant, is_known, wide
+from fantastic4.rounding import constant_up, gamma, product_up, round_up, subnormal_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Upper bounds, for all inputs, of an array that depends on the input.
+
+    Attributes:
+      entries: of each entry's absolute value.
+      balls: for each entry, in which ball it lies with others; None where nothing is known of several together.
+      radii: of the balls: the root of the sum of squares of all entries in one is at most that.
+    """
+
+    entries: Array
+    balls: np.ndarray | None = None
+    radii: Array | None = None
+
+    @property
+    def most(self) -> Array:
+        """Of all entries."""
+        return jnp.max(self.entries, initial=0)
+
+    def length(self, axes: Sequence[int]) -> Array:
+        """Of the root of the sum of squares over axes, which are gone."""
+        by_entries = _root_sum_squares(self.entries, axes)
+        if self.balls is None or self.radii is None:
+            return by_entries
+        rows = np.moveaxis(self.balls, axes, range(-len(axes), 0)).reshape(*by_entries.shape, -1)
+        rows = np.sort(rows, axis=-1)
+        first = np.diff(rows, axis=-1, prepend=-1) != 0
+        radii = jnp.where(first, self.radii[rows], 0)
+        return jnp.minimum(by_entries, _root_sum_squares(radii, (radii.ndim - 1,)))
+
+    def norm(self, rows: Sequence[int], columns: Sequence[int]) -> Array:
+        """Of the ℓ2 norms of all matrices with these axes, which between them are those that no batch is along."""
+        found = []
+        for one, other in ((columns, rows), (rows, columns)):
+            lengths = self.length(one)
+            gone = sorted(one)
+            left = [a - sum(g < a for g in gone) for a in other]
+            found.append(jnp.max(_root_sum_squares(lengths, left), initial=0))
+        return jnp.minimum(*found)
+
+    def moved(self, move: Callable[[Any], Any]) -> Size:
+        """What moves entries does so to these: balls are kept where none is there twice."""
+        entries = move(self.entries)
+        if self.balls is None:
+            return Size(entries)
+        places = np.asarray(move(np.arange(self.balls.size, dtype=np.int32).reshape(self.balls.shape)))
+        if places.size and (places.min() < 0 or np.bincount(places.ravel()).max() > 1):
+            return Size(entries)
+        return Size(entries, self.balls.ravel()[places], self.radii)
+
+
+def _root_sum_squares(x: Array, axes: Sequence[int]) -> Array:
+    """Of numbers that are not negative, rounded up."""
+    axes = tuple(axes)
+    count = math.prod(x.shape[a] for a in axes)
+    return _root_of_squares(x, lambda squares: jnp.sum(squares, axis=axes), count)
+
+
+def _root_of_squares(x: Array, add: Callable[[Array], Array], count: int) -> Array:
+    """√ of sums of squares of numbers that are not negative, at most ``count`` in each, rounded up."""
+    top = lax.stop_gradient(jnp.max(x, initial=0))
+    scale = jnp.where((top > 0) & (top < jnp.inf), top, 1)
+    # Squares that vanish are below the smallest float each; the root of zero has no derivative.
+    vanished = float(jnp.finfo(x.dtype).tiny) * count
+    inside = round_up((add((x / scale) ** 2) + vanished) * (1 + gamma(count + 2, x.dtype)), 8)
+    return jnp.where(top == 0, 0, product_up(round_up(jnp.sqrt(inside), 4), scale))
+
+
+def size(walk: Walk, value: Any) -> Size | None:
+    """What is known of a value of a walk; None where it is not known to be bounded."""
+    waiting = [value]
+    while waiting:
+        last = waiting[-1]
+        if not isinstance(last, Signal) or id(last) in walk.sizes:
+            waiting.pop()
+            continue
+        made = walk.made.get(id(last))
+        found = _by_node(last)
+        if found is None and made is not None:
+            missing = [o for o in made.operands if isinstance(o, Signal) and id(o) not in walk.sizes]
+            if missing:
+                waiting += missing
+                continue
+            found = _by_equation(walk, made.how, made.operands, made.place)
+        walk.sizes[id(last)] = last, found
+        waiting.pop()
+    return _known(walk, value)
+
+
+def _known(walk: Walk, value: Any) -> Size | None:
+    if isinstance(value, Signal):
+        return walk.sizes[id(value)][1]
+    if not is_constant(value) or not (_is_numbers(value)):
+        return None
+    with at_once(value):
+        x = wide(value)
+        return Size(jnp.abs(x) if jnp.iscomplexobj(x) else jnp.maximum(jnp.abs(x), subnormal_norm(x)))
+
+
+def _is_numbers(value: Any) -> bool:
+    kind = jnp.result_type(value)
+    return jnp.issubdtype(kind, np.number) or jnp.issubdtype(kind, np.bool_)
+
+
+def _by_node(signal: Signal) -> Size | None:
+    """What a signal's node says of it."""
+    node, straight = signal.node, affine(signal.expr)
+    most = largest(signal)
+    ball = None
+    if isinstance(node, Confined):
+        balls = node.ball.reshape(node.shape)
+        with at_once(0.0):
+            radius = jnp.asarray(constant_up(node.radius, jnp.result_type(float)))
+            ball = Size(jnp.full(node.shape, radius), balls, jnp.full(balls.max(initial=-1) + 1, radius))
+    elif isinstance(node, Scaled) and straight is not None and not straight[1]:
+        below = _by_node(node.inputs[0])
+        if below is not None:
+            ball = _times(below, Size(jnp.abs(jnp.broadcast_to(wide(node.by), node.shape))))
+    if ball is not None and straight is not None and not straight[1]:
+        places = signal.places
+        if not np.any(places < 0):
+            by = abs(float(straight[0])) * (1 + 1e-15)
+            with at_once(ball.entries):
+                read = Size(ball.entries.reshape(-1), None if ball.balls is None else ball.balls.ravel(), ball.radii)
+                return _scaled(read.moved(lambda x: x[places]), by)
+    if most == math.inf:
+        return None
+    with at_once(0.0):
+        return Size(jnp.broadcast_to(wide(constant_up(most, jnp.result_type(float))), signal.shape))
+
+
+def _scaled(of: Size, by: float) -> Size:
+    if by == 1:
+        return of
+    factor = jnp.asarray(constant_up(by, of.entries.dtype))
+    return Size(product_up(of.entries, factor), of.balls, None if of.radii is None else product_up(of.radii, factor))
+
+
+def _times(a: Size, b: Size) -> Size:
+    """Of products of entries; the balls are those of the first, by the largest in each."""
+    entries = product_up(*jnp.broadcast_arrays(a.entries, b.entries))
+    if a.balls is None or a.radii is None or a.balls.shape != entries.shape:
+        return Size(entries)
+    by = jnp.broadcast_to(b.entries, entries.shape).ravel()
+    top = jax.ops.segment_max(by, a.balls.ravel(), len(a.radii))
+    return Size(entries, a.balls, product_up(a.radii, jnp.maximum(top, 0)))
+
+
+def _plus(a: Size, b: Size) -> Size:
+    """Of sums of entries."""
+    entries = round_up(a.entries + b.entries, 2)
+    for one, other in ((a, b), (b, a)):
+        if one.balls is None or one.radii is None or one.balls.shape != entries.shape:
+            continue
+        if other.balls is not None and other.radii is not None and np.array_equal(one.balls, other.balls):
+            radii = other.radii
+        else:
+            spread = jnp.broadcast_to(other.entries, entries.shape).ravel()
+            balls, count = one.balls.ravel(), len(one.radii)
+            add = functools.partial(jax.ops.segment_sum, segment_ids=balls, num_segments=count)
+            radii = _root_of_squares(spread, add, entries.size)
+        return Size(entries, one.balls, round_up(one.radii + radii, 2))
+    return Size(entries)
+
+
+def largest_of(*sizes: Size) -> Size:
+    """Of entries of one of several arrays."""
+    return Size(functools.reduce(jnp.maximum, [s.entries for s in sizes]))
+
+
+Rule = Callable[[core.JaxprEqn, list[Any], list[Size | None]], Any]
+_RULES: dict[str, Rule] = {}
+"""By the primitive: of the equation, its operands and what is known of them; a list of results, or one."""
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def put(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return put
+
+
+def _by_equation(walk: Walk, how: Any, operands: Sequence[Any], place: int) -> Size | None:
+    sizes = [_known(walk, o) for o in operands]
+    numbers = [s.entries for s in sizes if s is not None]
+    with at_once(*numbers):
+        if callable(how):
+            return how(*sizes) if all(s is not None for s in sizes) else None
+        rule = _RULES.get(how.primitive.name)
+        found = None if rule is None else rule(how, list(operands), sizes)
+        return found[place] if isinstance(found, list) else found
+
+
+@_rule("add", "add_any", "sub")
+def _add(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    return None if a is None or b is None else _plus(a, b)
+
+
+@_rule("mul")
+def _mul(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    if a is None or b is None:
+        return None
+    return _times(a, b) if a.balls is not None else _times(b, a)
+
+
+@_rule("div")
+def _div(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    if a is None or b is None or not is_constant(operands[1]):
+        return None
+    return _times(a, Size(round_up(1 / b.entries, 4)))
+
+
+@_rule("neg", "abs", "reduce_precision", "convert_element_type", "copy", "stop_gradient", "real", "imag")
+def _alike(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    return sizes[0]
+
+
+@_rule("max", "min")
+def _extreme(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    return (
+        None if a is None or b is None else largest_of(*(Size(x) for x in jnp.broadcast_arrays(a.entries, b.entries)))
+    )
+
+
+@_rule("select_n")
+def _select(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    cases = [s for s in sizes[1:] if s is not None]
+    return largest_of(*cases) if len(cases) == len(sizes) - 1 else None
+
+
+@_rule("square", "integer_pow")
+def _power(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    y = eqn.params.get("y", 2)
+    if sizes[0] is None or not 1 <= y <= 16:
+        return None
+    return Size(functools.reduce(product_up, [sizes[0].entries] * y))
+
+
+@_rule("exp")
+def _exp(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    return None if sizes[0] is None else Size(round_up(jnp.exp(sizes[0].entries), 64))
+
+
+@_rule("reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "broadcast_in_dim", "tile")
+def _move(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    return None if sizes[0] is None else sizes[0].moved(lambda x: evaluate(eqn, [x])[0])
+
+
+@_rule("gather", "dynamic_slice")
+def _read(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    if sizes[0] is None or not all(map(is_known, operands[1:])) or eqn.params.get("fill_value") is not None:
+        return None
+    return Size(evaluate(eqn, [sizes[0].entries, *operands[1:]])[0])
+
+
+@_rule("split", "unstack")
+def _split(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    if sizes[0] is None:
+        return None
+    part = lambda place, x: evaluate(eqn, [x])[place]  # noqa: E731
+    return [sizes[0].moved(functools.partial(part, place)) for place in range(len(eqn.outvars))]
+
+
+@_rule("concatenate", "stack", "pad")
+def _join(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    parts = [s.entries for s in sizes if s is not None]
+    return Size(evaluate(eqn, parts)[0]) if len(parts) == len(sizes) else None
+
+
+@_rule("reduce_max", "reduce_min")
+def _reduce_extreme(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    return None if sizes[0] is None else Size(jnp.max(sizes[0].entries, axis=eqn.params["axes"]))
+
+
+@_rule("reduce_sum")
+def _sum(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    if sizes[0] is None:
+        return None
+    axes, entries = eqn.params["axes"], sizes[0].entries
+    count = math.prod(entries.shape[a] for a in axes)
+    plain = round_up(jnp.sum(entries, axis=axes) * (1 + gamma(count, entries.dtype)), 4)
+    together = product_up(sizes[0].length(axes), jnp.asarray(constant_up(math.sqrt(count), entries.dtype)))
+    return Size(jnp.minimum(plain, together))
+
+
+@_rule("dot_general")
+def _dot(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    if a is None or b is None:
+        return None
+    numbers = (contract, batch) = eqn.params["dimension_numbers"]
+    product = lax.dot_general(a.entries, b.entries, numbers, precision=lax.Precision.HIGHEST)
+    count = math.prod(a.entries.shape[i] for i in contract[0])
+    kind = product.dtype
+    # Products that vanish are below the smallest float each.
+    entries = round_up(product * (1 + gamma(count + 2, kind)) + float(jnp.finfo(kind).tiny) * count, 4)
+    free = [[i for i in range(s.entries.ndim) if i not in (*contract[k], *batch[k])] for k, s in enumerate((a, b))]
+    lengths = []
+    for k, s in enumerate((a, b)):
+        left = [i for i in range(s.entries.ndim) if i not in contract[k]]
+        lengths.append(jnp.transpose(s.length(contract[k]), [left.index(i) for i in (*batch[k], *free[k])]))
+    shared, (n, m) = len(batch[0]), map(len, free)
+    rows = lengths[0].reshape(*lengths[0].shape, *(1,) * m)
+    columns = lengths[1].reshape(*lengths[1].shape[:shared], *(1,) * n, *lengths[1].shape[shared:])
+    found = Size(jnp.minimum(entries, product_up(*jnp.broadcast_arrays(rows, columns))))
+    for k, at in ((1, shared + n), (0, shared)):  # the first of the constant's axes in the result
+        if free[k] and is_constant(operands[k]) and not jnp.iscomplexobj(operands[k]):
+            *others, last = free[k]
+            kernel = jnp.transpose(wide(operands[k]), (*batch[k], *others, *contract[k], last))
+            lead = kernel.shape[: shared + len(others)]
+            norms = jax.vmap(dense.bound)(kernel.reshape(math.prod(lead), count, -1)).reshape(lead)
+            own = norms.reshape(*lead[:shared], *(1,) * (len(free[1 - k]) if k else 0), *lead[shared:])
+            signal = lengths[1 - k]
+            if k:
+                signal = signal.reshape(*signal.shape, *(1,) * len(others))
+            else:
+                own = own.reshape(*own.shape, *(1,) * len(free[1]))
+                signal = signal.reshape(*signal.shape[:shared], *(1,) * len(others), *signal.shape[shared:])
+            radii = product_up(*jnp.broadcast_arrays(own, signal))
+            balls = np.arange(radii.size).reshape(radii.shape)
+            balls = np.broadcast_to(np.expand_dims(balls, at + len(others)), found.entries.shape)
+            return Size(found.entries, balls, radii.reshape(-1))
+    return found
+
+
+@_rule("conv_general_dilated")
+def _conv(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
+    a, b = sizes
+    if a is None or b is None or not is_constant(operands[1]):
+        return None
+    p = eqn.params
+    product = lax.conv_general_dilated(
+        a.entries, b.entries, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"],
+        p["dimension_numbers"], p["feature_group_count"], p["batch_group_count"], precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    count, kind = b.entries.size // b.entries.shape[p["dimension_numbers"].rhs_spec[0]], product.dtype
+    # Fast algorithms are off by more than a sum is, by a few roundings of the largest.
+    slack = 64 * gamma(count + 2, kind) * jnp.max(product, initial=0)
+    return Size(round_up(product + slack + float(jnp.finfo(kind).tiny) * count, 4))

@@ -1,0 +1,347 @@
+"""Products of two signals, attention and gates: never below dense Jacobians, sizes never below what is computed."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+from fantastic4 import lipschitz
+from fantastic4.expression import X
+from fantastic4.lipschitz.fixed import Input
+from fantastic4.lipschitz.graph import Label, Signal
+from fantastic4.lipschitz.sizes import size
+from fantastic4.lipschitz.trace import Walk
+
+SEED = int(os.environ.get("FUZZ_SEED", 20211))
+RNG = np.random.default_rng(11)
+W, V, U = (RNG.standard_normal((4, 4)).astype(np.float32) for _ in range(3))
+HEADS = RNG.standard_normal((4, 2, 3)).astype(np.float32)
+TAPS = RNG.standard_normal((3, 4, 2)).astype(np.float32)
+SHAPE = (3, 4)
+SAW = np.float32([[1, -2, 0.5, 3]])
+
+
+def points(shape, count=24):
+    """Of several sizes; alike along the last axis but for a little, where what divides by a spread is steepest."""
+    rng = np.random.default_rng(SEED)
+    any_ = rng.standard_normal((count, *shape)) * np.geomspace(0.02, 30, count).reshape(-1, *(1,) * len(shape))
+    alike = np.broadcast_to(any_[..., :1], any_.shape) + 1e-2 * rng.standard_normal(any_.shape)
+    one = np.zeros((3, *shape))
+    one[0].flat[0], one[1].flat[-1], one[2][..., 1] = 50, -50, 20
+    return np.concatenate([any_, alike, one, np.zeros((1, *shape))])
+
+
+def steepest_seen(fn, shape, at=None):
+    """The largest norm of a dense Jacobian in float64: a number that no bound may be below."""
+    with jax.enable_x64(True):
+        at = jnp.asarray(points(shape) if at is None else at, jnp.float64)
+        jacobians = jax.jit(jax.vmap(jax.jacrev(lambda x: jnp.ravel(fn(x)))))(at)
+        flat = np.asarray(jacobians).reshape(len(at), jacobians.shape[1], -1)
+        return float(np.linalg.norm(flat, 2, axis=(1, 2)).max())
+
+
+def bound(fn, shape):
+    return float(lipschitz.bound(fn, jax.ShapeDtypeStruct(shape, jnp.float32)).value)
+
+
+def unit(x):
+    return x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 0.1)
+
+
+def centred(x):
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 0.1)
+
+
+def conv(x, kernel):
+    return lax.conv_general_dilated(
+        x[None], jnp.asarray(kernel, x.dtype), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+
+
+def rounds(x):
+    return lax.scan(lambda c, row: (jnp.tanh(c + row), jnp.sin(row) * c), jnp.ones(4, x.dtype), x)
+
+
+# Arrays of which each is bounded, whatever x is.
+BOUNDED = {
+    "squashed": lambda x: jnp.tanh(x) @ W,
+    "normalised": unit,
+    "normalised, a row at a time": lambda x: unit(x)[1],
+    "less the mean": centred,
+    "layer": lambda x: centred(x) * SAW + SAW[:, ::-1],
+    "layers": lambda x: nn.gelu((centred(x) * SAW + 2) @ W + 3) @ V - 1,
+    "swish": lambda x: nn.silu(unit(x) @ W) * 2,
+    "softmax": lambda x: nn.softmax(x @ W),
+    "softmax over the first axis": lambda x: nn.softmax(x, 0) @ V,
+    "heads": lambda x: jnp.einsum("td,dhe->the", unit(x), HEADS),
+    "heads, another order": lambda x: jnp.einsum("dhe,td->hte", HEADS, unit(x)),
+    "a constant before": lambda x: U[:, :3] @ unit(x),
+    "moved": lambda x: jnp.transpose(unit(x).reshape(3, 2, 2), (2, 0, 1))[::-1],
+    "cut": lambda x: unit(x)[:, 1:3],
+    "repeated": lambda x: jnp.repeat(unit(x), 2, -1),
+    "side by side": lambda x: jnp.concatenate([unit(x), jnp.tanh(x) @ W, jnp.full((3, 1), 7.0, x.dtype)], -1),
+    "stacked": lambda x: jnp.stack([unit(x), centred(x)]),
+    "padded": lambda x: jnp.pad(unit(x), 1, constant_values=-4),
+    "picked": lambda x: unit(x)[np.array([2, 0, 2])],
+    "split": lambda x: jnp.split(centred(x) @ W, 2, -1)[1],
+    "divided": lambda x: centred(x) / SAW,
+    "powers": lambda x: (unit(x) @ W) ** 3 + jnp.square(centred(x)),
+    "exponentials": lambda x: jnp.exp(unit(x) @ W),
+    "sums": lambda x: jnp.sum(centred(x) @ W + 1, 0),
+    "means": lambda x: unit(x).mean(-1),
+    "largest": lambda x: jnp.max(centred(x) @ W, -1),
+    "the larger": lambda x: jnp.maximum(unit(x) @ W, centred(x)),
+    "rectified": lambda x: nn.relu(centred(x) @ W - 0.3),
+    "chosen": lambda x: jnp.where(SAW > 0, centred(x), unit(x) @ W),
+    "convolved": lambda x: conv(unit(x), TAPS) + 1,
+    "products": lambda x: (unit(x) @ W) * (centred(x) @ V),
+    "dot products": lambda x: (unit(x) @ W) @ (centred(x) @ V).T,
+    "means by softmax": lambda x: nn.softmax(unit(x) @ unit(x).T) @ (unit(x) @ W),
+    "called": lambda x: jax.jit(lambda y: nn.leaky_relu(y @ W))(unit(x)),
+    "carried": lambda x: rounds(x)[0],
+    "of each round": lambda x: rounds(x)[1],
+    "mapped": lambda x: lax.map(lambda row: unit(row) @ W, x),
+    "one of two": lambda x: lax.cond(jnp.asarray(True), lambda y: y @ W, lambda y: y @ V, unit(x)),
+    "differences": lambda x: centred(x) - unit(x) - 3,
+    "the difference of one": lambda x: unit(x) - 2 * unit(x),
+}  # fmt: skip
+
+
+def size_of(fn, shape):
+    """What is known of how large an output is."""
+    closed = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    walk = Walk()
+    node = Input(Label("input"), (int(np.prod(shape)),), ())
+    (out,) = walk.closed(closed, [Signal(node, shape, None, X, node.label)])
+    return size(walk, out)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_sizes(name):
+    """Of every entry, and of rows along each axis: never below what is computed, and of its magnitude."""
+    fn = BOUNDED[name]
+    found = size_of(fn, SHAPE)
+    with jax.enable_x64(True):
+        values = np.asarray(jax.jit(jax.vmap(fn))(jnp.asarray(points(SHAPE, 200))))
+    assert np.all(np.abs(values).max(0) <= np.float64(found.entries))
+    assert np.abs(values).max() * 8 > float(found.most)
+    for axis in range(values.ndim - 1):
+        rows = np.linalg.norm(values, axis=axis + 1).max(0)
+        assert np.all(rows <= np.float64(found.length((axis,))))
+    if values.ndim > 2:
+        norms = np.linalg.norm(np.moveaxis(values, 0, -3).reshape(-1, *values.shape[-2:]), 2, axis=(1, 2))
+        axes = range(values.ndim - 1)
+        assert norms.max() <= float(found.norm(axes[-2:-1], axes[-1:]))
+
+
+def test_rows_that_are_normalised_together_are_shorter_than_their_entries_say():
+    """Of n entries by √n; so is what a matrix makes of them."""
+    found = size_of(lambda x: unit(x) @ W, SHAPE)
+    np.testing.assert_allclose(found.length((1,)), np.linalg.norm(W, 2) * np.ones(3), rtol=2e-3)
+    np.testing.assert_allclose(found.entries, np.broadcast_to(np.linalg.norm(W, axis=0), SHAPE), rtol=1e-4)
+    heads = size_of(BOUNDED["heads"], SHAPE).length((2,))
+    np.testing.assert_allclose(heads, np.tile([np.linalg.norm(HEADS[:, h], 2) for h in (0, 1)], (3, 1)), rtol=2e-3)
+
+
+UNBOUNDED = {
+    "products": lambda x: x * jnp.tanh(x[::-1]),
+    "dot products": lambda x: x @ x.T,
+    "one of them": lambda x: unit(x) @ x.T,
+    "shifted by the input": lambda x: (unit(x) + x) @ unit(x).T,
+    "attention": lambda x: nn.softmax(x @ x.T) @ x,
+    "divided": lambda x: (1 / (jnp.abs(x) + 1)) @ (jnp.log1p(jnp.abs(x)) * SAW).T,
+    "a gate": lambda x: nn.sigmoid(x) * (x @ W),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_what_is_not_bounded_has_no_constant(name):
+    with pytest.raises(lipschitz.UnboundedError, match=r"not both known to be bounded.*behind a normalisation"):
+        bound(UNBOUNDED[name], SHAPE)
+
+
+def attention(x, mask=None):
+    h = centred(x)
+    return jax.nn.dot_product_attention(h[None, :, None] @ W, h[None, :, None] @ V, h[None, :, None] @ U, mask=mask)
+
+
+CAUSAL = np.tril(np.ones((3, 3), bool))
+ENDS = np.float32([4.0, -4.0])
+
+
+def nearly(x, at=ENDS):
+    """Where tanh hardly moves: the numbers ±1, but for a little."""
+    return jnp.tanh(at + 1e-3 * x)
+
+
+# The function, the shape of its input, and its constant where that is known.
+PROGRAMS = {
+    "attention": (attention, SHAPE, None),
+    "with a mask": (lambda x: attention(x, CAUSAL), SHAPE, None),
+    "in words": (lambda x: nn.softmax(unit(x) @ W @ unit(x).T / 2) @ (unit(x) @ V), SHAPE, None),
+    "scores on the other side": (
+        lambda x: nn.softmax(unit(x) @ W @ unit(x).T, 0).T @ (unit(x) @ V), SHAPE, None
+    ),
+    "values on the left": (lambda x: (unit(x) @ V).T @ nn.softmax(unit(x) @ W @ unit(x).T, 0), SHAPE, None),
+    "not over what is summed": (lambda x: nn.softmax(unit(x) @ W @ unit(x).T, 0) @ (unit(x) @ V), SHAPE, None),
+    "over two axes": (lambda x: nn.softmax(unit(x) @ W @ unit(x).T, (0, 1)) @ (unit(x) @ V), SHAPE, None),
+    "some of the weights": (lambda x: nn.softmax(unit(x) @ W @ unit(x).T)[:, :2] @ (unit(x) @ V)[:2], SHAPE, None),
+    "weights twice": (
+        lambda x: jnp.tile(nn.softmax(unit(x) @ W @ unit(x).T), (1, 2)) @ jnp.tile(unit(x) @ V, (2, 1)), SHAPE, None
+    ),
+    "rows twice": (lambda x: jnp.tile(nn.softmax(unit(x) @ unit(x).T), (2, 1)) @ unit(x), SHAPE, None),
+    "one row for all": (lambda x: nn.softmax(jnp.tile(unit(x)[:1] @ unit(x).T, (3, 1))) @ unit(x), SHAPE, None),
+    "scores of one softmax in two rows": (
+        lambda x: nn.softmax((unit(x) @ unit(x)[:2].T).ravel()).reshape(3, 2) @ unit(x)[:2], SHAPE, None
+    ),
+    "scores turned": (lambda x: nn.softmax((unit(x) @ W @ unit(x).T).T * 3) @ (unit(x) @ V), SHAPE, None),
+    "negative scores": (lambda x: nn.softmax(-2 * unit(x) @ unit(x).T) @ unit(x), SHAPE, None),
+    "scores of other scores": (lambda x: nn.softmax((unit(x) @ unit(x).T)[::-1]) @ unit(x), SHAPE, None),
+    "bilinear": (lambda x: jnp.sum(unit(x) @ W * centred(x), -1), SHAPE, None),
+    "gated": (lambda x: (nn.silu(unit(x) @ W) * (unit(x) @ V)) @ U, SHAPE, None),
+    "excited": (lambda x: centred(x) * nn.sigmoid(centred(x).mean(0) @ W), SHAPE, None),
+    "gram": (lambda x: jnp.tanh(x) @ jnp.tanh(x).T, SHAPE, None),
+    "batched": (lambda x: jnp.einsum("abc,adc->abd", unit(x), jnp.tanh(x)), (2, 3, 2), None),
+    "of one number": (lambda x: jnp.sin(x)[:1] * jnp.cos(x)[1:], (2,), None),
+    "between": (lambda x: (1 - nn.sigmoid(x @ W)) * jnp.tanh(x) + nn.sigmoid(x @ W) * jnp.sin(x), SHAPE, None),
+    "not quite between": (
+        lambda x: (1 - nn.sigmoid(x @ W)) * jnp.tanh(x) + nn.sigmoid(x @ V) * jnp.sin(x), SHAPE, None
+    ),
+    "beyond": (lambda x: (1 - 2 * jnp.tanh(x @ W)) * jnp.tanh(x) + 2 * jnp.tanh(x @ W) * jnp.sin(x), SHAPE, None),
+    # Where one of what they are made of moves, and the others hardly do.
+    "means, by scores": (
+        lambda x: nn.softmax(x[:2]) @ nearly(x[2:]), (4,), 0.5**0.5
+    ),
+    "means, by a query": (
+        lambda x: nn.softmax(5 * jnp.tanh(x[:1]) @ nearly(x[1:3])[None]) @ nearly(x[3:]),
+        (5,), 5.0,
+    ),
+    "means, by keys": (
+        lambda x: nn.softmax(nearly(x[:3], 4)[:, None] @ jnp.tanh(x[3:5])[None]) @ nearly(x[5:]),
+        (7,), 1.5**0.5,
+    ),
+    "means, by vectors": (
+        lambda x: nn.softmax(40 * nearly(x[:6].reshape(3, 2))) @ jnp.tanh(x[6:]), (8,), 3**0.5
+    ),
+    "between, by what chooses": (
+        lambda x: (1 - nn.sigmoid(x[:2])) * nearly(x[2:4])
+        + nn.sigmoid(x[:2]) * nearly(x[4:], -ENDS), (6,), 0.5,
+    ),
+    "product, by one": (lambda x: jnp.tanh(x[:2]) * nearly(x[2:]) * 3, (4,), 3.0),
+    "matrices, by one": (
+        lambda x: jnp.tanh(x[:2])[None] @ nearly(x[2:].reshape(2, 2)),
+        (6,), 2.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_products_of_what_is_bounded(name):
+    fn, shape, exact = PROGRAMS[name]
+    found, seen = bound(fn, shape), steepest_seen(fn, shape)
+    assert seen * (1 - 1e-12) <= found
+    if exact is not None:
+        assert exact * 0.98 <= found <= exact * 1.03
+        assert seen >= exact * 0.97
+
+
+@pytest.mark.parametrize(
+    "name", ["between", "beyond", "of one number", "product, by one", "matrices, by one", "gram", "means, by scores"]
+)
+def test_curvature_of_products(name):
+    fn, shape, _ = PROGRAMS[name]
+    found = float(lipschitz.curvature(lambda x: jnp.sum(fn(x)), jax.ShapeDtypeStruct(shape, jnp.float32)).value)
+    with jax.enable_x64(True):
+        at = jnp.asarray(points(shape))
+        hessians = np.asarray(jax.jit(jax.vmap(jax.hessian(lambda x: jnp.sum(fn(x)))))(at)).reshape(len(at), -1)
+    size = int(np.prod(shape))
+    assert np.linalg.norm(hessians.reshape(-1, size, size), 2, axis=(1, 2)).max() * (1 - 1e-12) <= found
+
+
+class Transformer(nn.Module):
+    """Pre-norm, with a gated unit."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm(epsilon=0.1)(x)
+        x = x + nn.MultiHeadDotProductAttention(2)(h, h, mask=nn.make_causal_mask(x[..., 0]))
+        h = nn.RMSNorm(epsilon=0.1)(x)
+        return x + nn.Dense(4)(nn.silu(nn.Dense(6)(h)) * nn.Dense(6)(h))
+
+
+class Excited(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.GroupNorm(2, epsilon=0.1)(nn.Conv(4, (3,))(x))
+        return h * nn.sigmoid(nn.Dense(4)(nn.relu(nn.Dense(2)(h.mean(1, keepdims=True)))))
+
+
+class Recurrent(nn.Module):
+    cell: type
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(self.cell(3, param_dtype=x.dtype))(x)
+
+
+MODULES = {
+    "transformer": Transformer(),
+    "squeeze and excitation": Excited(),
+    "gru": Recurrent(nn.GRUCell),
+    "minimal gated unit": Recurrent(nn.MGUCell),
+    "lstm": Recurrent(nn.OptimizedLSTMCell),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_flax(name):
+    """Under jit with a gradient by the params, too."""
+    x, net = jnp.ones((1, 3, 4)), MODULES[name]
+    noise = lambda leaf: leaf + jax.random.normal(jax.random.key(SEED + leaf.size), leaf.shape) / 4
+    variables = jax.tree.map(noise, net.init(jax.random.key(SEED), x))
+    of = lambda v: lipschitz.bound(lambda x: net.apply(v, x), x).value
+    found = float(of(variables))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
+        plain = lambda x: net.apply(wide, x)
+    assert steepest_seen(plain, x.shape) * (1 - 1e-12) <= found
+    value, slope = jax.jit(jax.value_and_grad(of))(variables)
+    assert value == pytest.approx(found, rel=1e-4)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
+
+
+def test_attention_of_nnx():
+    layer = nnx.MultiHeadAttention(2, 4, 4, decode=False, rngs=nnx.Rngs(0))
+    net = lambda x: layer(centred(x)[None])
+    assert steepest_seen(net, SHAPE) * (1 - 1e-6) <= bound(net, SHAPE)  # in float32
+
+
+def test_a_gru_does_not_grow_with_what_it_has_kept():
+    """Its state stays between -1 and 1, however long it runs: each step adds what one adds."""
+    cell = nn.GRUCell(3)
+    variables = cell.init(jax.random.key(0), jnp.zeros((1, 3)), jnp.zeros((1, 2)))
+    quiet = jax.tree.map(lambda leaf: leaf / 64, variables)
+    run = lambda x: nn.RNN(cell).apply({"params": {"cell": quiet["params"]}}, x)[:, -1]
+    few, many = bound(run, (1, 10, 2)), bound(run, (1, 20, 2))
+    assert many < 3 * few
+
+
+def test_constants_that_are_no_numbers_are_told():
+    for bad in (np.nan, np.inf):
+        matrix = W.copy()
+        matrix[1, 2] = bad
+        assert not np.isfinite(bound(lambda x: (unit(x) @ matrix) @ jnp.tanh(x).T, SHAPE))
+
+
+def test_of_every_magnitude():
+    """Squares vanish or overflow; what is 0 stays near it."""
+    for by in (1e-30, 1e-12, 1e12, 1e18):
+        fn = lambda x: (unit(x) * np.float32(by)) @ unit(x).T
+        assert steepest_seen(fn, SHAPE) * (1 - 1e-6) <= bound(fn, SHAPE) <= 100 * by
+    assert bound(lambda x: (unit(x) @ np.zeros((4, 4), np.float32)) @ unit(x).T, SHAPE) <= 1e-12
