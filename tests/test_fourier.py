@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from fantastic4 import lipschitz
 
@@ -109,7 +110,31 @@ def test_sizes_of_complex_numbers_have_a_kink():
     assert lipschitz.curvature(lambda x: jnp.tanh(jnp.fft.fft(x).real), jnp.ones(5)).value < np.inf
 
 
+def converted(z, kind):
+    """As ``astype``, which will warn."""
+    return lax.convert_element_type_p.bind(z, new_dtype=np.dtype(kind), weak_type=False, sharding=None)
+
+
+def where_finite(z):
+    """3x where all of z is numbers, x elsewhere."""
+    return lambda x: jnp.where(jnp.isfinite(z(x + 0j).real[:5]), x, 3 * x)
+
+
+INFINITE = np.array([1, 2, np.inf, 1, 1], np.complex64)
 REFUSED = {
+    "whole numbers": lambda x: converted(x + 0j, np.int32) * 1.0,
+    "bytes": lambda x: converted(jnp.fft.fft(x), np.uint8) * 1.0,
+    "truth values": lambda x: converted(x + 0j, bool) * 1.0,
+    "where infinite constants are met": where_finite(lambda z: z * INFINITE),
+    "where one infinite constant is met": where_finite(lambda z: z * np.complex64(np.inf)),
+    "where infinity is added": where_finite(lambda z: z + INFINITE),
+    "where NaN is added": where_finite(lambda z: z + np.complex64(np.nan)),
+    "where a matrix is infinite": where_finite(lambda z: z @ np.diag(INFINITE)),
+    "where the padding is infinite": where_finite(lambda z: jnp.pad(z, (1, 0), constant_values=np.inf)),
+    "where infinite entries stand beside": where_finite(lambda z: jnp.concatenate([INFINITE, z])),
+    "where the filler is infinite": where_finite(
+        lambda z: jnp.take(z, np.array([0, 9, 1, 2, 3]), mode="fill", fill_value=np.inf)
+    ),
     "a product": lambda x: (jnp.fft.fft(x) * jnp.fft.fft(x)).real,
     "a square": lambda x: (jnp.fft.fft(x) ** 2).real,
     "a quotient": lambda x: (VECTOR / jnp.fft.fft(x)).real,
@@ -118,6 +143,18 @@ REFUSED = {
     "a choice": lambda x: jnp.where(x > 0, jnp.fft.fft(x), 0).real,
     "an angle": lambda x: jnp.angle(jnp.fft.fft(x)),
 }
+
+
+def test_masks_of_complex_constants_that_are_not_known_while_tracing():
+    of = jax.jit(lambda c: lipschitz.bound(where_finite(lambda z: z * c), jnp.ones(5)).value)
+    assert np.isnan(of(INFINITE))
+    assert of(VECTOR) == 1
+    assert np.isnan(jax.jit(lambda c: lipschitz.bound(where_finite(lambda z: z / c), jnp.ones(5)).value)(0 * VECTOR))
+
+
+def test_a_complex_filler():
+    fn = lambda x: jnp.take(jnp.fft.fft(x), np.array([0, 9]), mode="fill", fill_value=1j).real
+    assert 5**0.5 * (1 - 1e-7) <= lipschitz.bound(fn, jnp.ones(5)).value < np.inf
 
 
 @pytest.mark.parametrize("name", REFUSED)

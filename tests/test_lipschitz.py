@@ -44,6 +44,7 @@ def draw(*shape):
 W, V, B = draw(3, 3), draw(3, 3), draw(3)
 TALL, WIDE, STACK = draw(3, 5), draw(5, 3), draw(2, 3, 4)
 MASK = np.array([[True, False, True], [False, True, True]])
+STEEP = np.array([3, 0], DTYPE)
 DYADIC = np.array([0.5, -2.0, 1.0], DTYPE)
 APART = np.array([[3, 1], [1, 2], [-2, 3]], DTYPE)
 NEGATIVE = np.array([-1, -0.5, -1], DTYPE)
@@ -367,6 +368,9 @@ EXACT = {
     "masked by itself": (lambda x: 2 * x * (x > 0), S, 2.0),
     "masked gelu": (lambda x: nn.gelu(x) * (x > 0), S, 1.12899),
     "slopes of channels": (lambda x: jnp.where(x >= 0, x, DYADIC * x), S, 2.0),
+    "slopes of channels, of differences": (
+        lambda x: (lambda h: jnp.where(h > 0, STEEP * h, STEEP[::-1] * h))(x - x[::-1]), (2,), 6.0
+    ),
     "slopes of channels, below": (lambda x: jnp.where(-x > 0, DYADIC * (3 * x), x), S, 6.0),
     "slopes of channels, or zero": (lambda x: jnp.where(-x < 0, DYADIC * x, 0), S, 2.0),
     "slopes of channels behind a layer": (
@@ -912,6 +916,9 @@ TRAPS = {
         lambda x: (lambda y: jnp.where(y > 0, y, y * np.array([2, 0.1], DTYPE)))(x @ np.array([[1, -1]], DTYPE)),
         (1, 1),
         [[-1.0], [1.0]],
+    ),
+    "slopes of channels on one side, of differences": (
+        lambda x: (lambda h: jnp.where(h > 0, h, STEEP * h))(x - x[::-1]), (2,), [[1.0, 0.0], [0.0, 1.0]]
     ),
     "waves of two lengths": (lambda x: (jnp.sin(x), jnp.cos(2 * x)), (1,), [[2.5], [2.2], [0.8]]),
     "waves of two heights": (lambda x: (3 * jnp.sin(x), jnp.cos(x)), (1,), [[0.0]]),

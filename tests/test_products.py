@@ -1,5 +1,6 @@
 """Products of two signals, attention and gates: never below dense Jacobians, sizes never below what is computed."""
 
+import itertools
 import os
 
 import jax
@@ -33,7 +34,8 @@ def points(shape, count=24):
     alike = np.broadcast_to(any_[..., :1], any_.shape) + 1e-2 * rng.standard_normal(any_.shape)
     one = np.zeros((3, *shape))
     one[0].flat[0], one[1].flat[-1], one[2][..., 1] = 50, -50, 20
-    return np.concatenate([any_, alike, one, np.zeros((1, *shape))])
+    corners = np.array(list(itertools.product((0, 50, -50), repeat=shape[0]))) if shape in ((2,), (3,)) else any_[:0]
+    return np.concatenate([any_, alike, one, np.zeros((1, *shape)), corners])
 
 
 def steepest_seen(fn, shape, at=None):
@@ -171,6 +173,10 @@ def attention(x, mask=None):
     return jax.nn.dot_product_attention(h[None, :, None] @ W, h[None, :, None] @ V, h[None, :, None] @ U, mask=mask)
 
 
+def parabolas(x):
+    return jnp.sin(x) + jnp.sin(3 * x) / 27
+
+
 CAUSAL = np.tril(np.ones((3, 3), bool))
 ENDS = np.float32([4.0, -4.0])
 
@@ -214,6 +220,37 @@ PROGRAMS = {
         lambda x: (1 - nn.sigmoid(x @ W)) * jnp.tanh(x) + nn.sigmoid(x @ V) * jnp.sin(x), SHAPE, None
     ),
     "beyond": (lambda x: (1 - 2 * jnp.tanh(x @ W)) * jnp.tanh(x) + 2 * jnp.tanh(x @ W) * jnp.sin(x), SHAPE, None),
+    # What means by softmax are not: tight where they would be taken for some.
+    "rows of weights twice, by scores": (
+        lambda x: jnp.tile(nn.softmax(x[:2])[None], (2, 1)) @ nearly(x[2:]), (4,), 1.0
+    ),
+    "weights of two softmaxes, by scores": (
+        lambda x: nn.softmax(x[:6].reshape(2, 3), 0) @ nearly(x[6:], np.float32([4, -4, 4])), (9,), 0.75**0.5
+    ),
+    "weights twice, by scores": (
+        lambda x: jnp.tile(nn.softmax(x[:2]), 2) @ nearly(x[2:], np.float32([4, -4, 4, -4])), (6,), 2**0.5
+    ),
+    "weights times three, by scores": (lambda x: (3 * nn.softmax(x[:2])) @ nearly(x[2:]), (4,), 3 * 0.5**0.5),
+    "rows of scores twice, by a query": (
+        lambda x: nn.softmax(jnp.tile(5 * jnp.tanh(x[:1])[None] @ nearly(x[1:3])[None], (2, 1))) @ nearly(x[3:]),
+        (5,), 50**0.5,
+    ),
+    "scores times two, by a query": (
+        lambda x: nn.softmax(2 * (5 * jnp.tanh(x[:1])[None] @ nearly(x[1:3])[None])) @ nearly(x[3:]), (5,), 10.0
+    ),
+    "one softmax of two queries": (
+        lambda x: nn.softmax(jnp.tanh(x[:2])[:, None] @ nearly(x[2:4])[None], (0, 1)).ravel()
+        @ nearly(x[4:], np.float32([4, -4, 4, -4])), (8,), None,
+    ),
+    "one softmax, two means": (lambda x: nn.softmax(x[:4]).reshape(2, 2) @ nearly(x[4:]), (6,), None),
+    "weights that add up to something else": (
+        lambda x: (1 - nn.sigmoid(x[1])) * jnp.tanh(x[0]) + nn.sigmoid(x[2]) * jnp.sin(x[0]), (3,), None
+    ),
+    "weights beyond 1": (
+        lambda x: (1 - 2 * jnp.tanh(x[1] / 10)) * jnp.tanh(x[0]) - 2 * jnp.tanh(x[1] / 10) * jnp.sin(x[0]), (2,), None
+    ),
+    # As steep as a function can be that is no larger and no more bent: what one moves while the other does counts.
+    "parabolas": (lambda x: parabolas(x) * parabolas(x @ np.eye(4)), SHAPE, None),
     # Where one of what they are made of moves, and the others hardly do.
     "means, by scores": (
         lambda x: nn.softmax(x[:2]) @ nearly(x[2:]), (4,), 0.5**0.5
@@ -251,9 +288,19 @@ def test_products_of_what_is_bounded(name):
         assert seen >= exact * 0.97
 
 
-@pytest.mark.parametrize(
-    "name", ["between", "beyond", "of one number", "product, by one", "matrices, by one", "gram", "means, by scores"]
+CURVED = (
+    "parabolas",
+    "between",
+    "beyond",
+    "of one number",
+    "product, by one",
+    "matrices, by one",
+    "gram",
+    "means, by scores",
 )
+
+
+@pytest.mark.parametrize("name", CURVED)
 def test_curvature_of_products(name):
     fn, shape, _ = PROGRAMS[name]
     found = float(lipschitz.curvature(lambda x: jnp.sum(fn(x)), jax.ShapeDtypeStruct(shape, jnp.float32)).value)

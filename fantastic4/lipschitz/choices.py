@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend import core
 
 from fantastic4.expression import Expr, X, affine, const
-from fantastic4.lipschitz.fixed import Scaled
+from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
-from fantastic4.lipschitz.nodes import Joint, Linear, Lines, settled
-from fantastic4.lipschitz.scalars import NOT_A_NUMBER, aligned, always_a_number, scalar
-from fantastic4.lipschitz.trace import Comparison, Walk, is_constant, is_known, out_shape, rule, uniform
+from fantastic4.lipschitz.nodes import Joint, Linear, settled
+from fantastic4.lipschitz.scalars import JUMPS, NOT_A_NUMBER, aligned, always_a_number, scalar
+from fantastic4.lipschitz.trace import (
+    Comparison,
+    Walk,
+    at_once,
+    is_constant,
+    is_known,
+    out_shape,
+    rule,
+    uniform,
+    wide,
+)
+from fantastic4.rounding import constant_up, product_up
 
 
 @rule("lt", "gt", "le", "ge", "eq", "ne")
@@ -76,17 +89,22 @@ def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         if isinstance(value, Comparison):  # 0 and 1: x * (x > 0)
             return scalar(value.of, _select(value, const(1.0), const(0.0)), walk.label(eqn))
         return value
-    return walk.refuse(eqn, "makes whole numbers or truth values of a signal, which jump")
+    return walk.refuse(eqn, JUMPS)
 
 
-def _is_line_through_zero(case: Any, of: Signal) -> bool:
-    """Whether every entry of a case is a number, perhaps its own, times that entry of the signal."""
+def _slope_through_zero(case: Any, of: Signal) -> Array | None:
+    """The largest slope, where every entry of a case is a number, perhaps its own, times that entry of the signal."""
     if not isinstance(case, Signal):
-        return uniform(case) == 0
+        return jnp.zeros(()) if uniform(case) == 0 else None
+    by: Array | float = 1.0
     if isinstance(case.node, Scaled) and case.plain and case.shape == case.node.shape:
-        (case,) = case.node.inputs
+        by, (case,) = case.node.factor, case.node.inputs
     straight = affine(case.expr)
-    return straight is not None and not straight[1] and case.same_entries(of)
+    if straight is None or straight[1] or not case.same_entries(of):
+        return None
+    by = wide(by)
+    with at_once(by):
+        return product_up(by, jnp.asarray(constant_up(abs(float(straight[0])), by.dtype)))
 
 
 def _unfolded(case: Any) -> Any:
@@ -104,10 +122,13 @@ def _two_lines(by: Comparison, cases: list[Any], label: Label) -> Signal | None:
     sides = [affine(part) for part in by.parts] if by.kind == "less" else []
     meet = len(sides) == 2 and all(side is not None and not side[1] for side in sides) and sides[0] != sides[1]
     cases = [case if isinstance(case, Signal) and case.same_entries(by.of) else _unfolded(case) for case in cases]
-    if not meet or not all(_is_line_through_zero(case, by.of) for case in cases):
+    slopes = [_slope_through_zero(case, by.of) for case in cases] if meet else [None]
+    found = [slope for slope in slopes if slope is not None]
+    if len(found) < len(slopes):
         return None
-    lines = tuple(case for case in cases if isinstance(case, Signal))
-    return whole(Lines(label, by.of.shape, lines)) if lines else None
+    # Not the larger of both sides: every entry is on a side of its own.
+    with at_once(*found):
+        return whole(Fixed(label, by.of.shape, (by.of,), functools.reduce(jnp.maximum, found)))
 
 
 NOT_OF_ONE = "chooses by the input between what is not a function of the same entries: it may jump"

@@ -44,8 +44,12 @@ class Entered:
     def meet(self, name: str, operands: Sequence[Any]) -> None:
         """Keep in mind the constants among an operation's operands, each with its place."""
         for place, constant in enumerate(operands):
-            kind = jnp.result_type(constant) if isinstance(constant, np.generic | np.ndarray | Array | float) else None
-            if kind is None or not (jnp.issubdtype(kind, jnp.floating) or (name == "div" and place == 1)):
+            kind = (
+                jnp.result_type(constant)
+                if isinstance(constant, np.generic | np.ndarray | Array | float | complex)
+                else None
+            )
+            if kind is None or not (jnp.issubdtype(kind, jnp.inexact) or (name == "div" and place == 1)):
                 continue
             if isinstance(constant, jax.core.Tracer) or not getattr(constant, "is_fully_addressable", True):
                 self._unknown.setdefault((id(constant), name, place), (name, place, constant))

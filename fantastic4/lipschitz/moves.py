@@ -157,7 +157,7 @@ def _gather(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     filled = found == -1
     if np.any(filled):
         filler = eqn.params["fill_value"]
-        if filler is None or not math.isfinite(filler):  # None is NaN
+        if filler is None or not np.isfinite(filler):  # None is NaN
             walk.entered.strange()
         signal = settled(signal)
     places = signal.places.ravel()[np.where(filled, 0, found)]

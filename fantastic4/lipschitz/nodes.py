@@ -95,15 +95,6 @@ class Either(Node):
 
 
 @dataclasses.dataclass(eq=False)
-class Lines(Either):
-    """Each entry a number times one entry, one of several numbers, by the sign of that entry."""
-
-    def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
-        """None: it has a kink."""
-        return Node.curvature(self, given, how)
-
-
-@dataclasses.dataclass(eq=False)
 class Linear(Node):
     """A convolution or a matrix, plus any constant.
 

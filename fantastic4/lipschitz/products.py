@@ -96,7 +96,10 @@ class Means(Matrices):
     Along ds a mean moves by Σ p_k (v_k - v̄) ds_k. In a direction in which the v lie within ±R that is at most
     ‖ds‖ √(Σ p_k² (y_k - ȳ)²), largest for y = ±R: with the weight P on one side, 8 P² (1 - P)² R² ≤ R²/2. Where
     s_k = c qᵀk_k, along dq it moves by the covariance of v and k, of at most R max‖k‖, and along dk as by the ds
-    ‖c Q dKᵀ‖. Where some of the s are constants, as a mask makes them, the sums have fewer terms, and no larger bounds.
+    ‖c Q dKᵀ‖. Where some of the s are constants, as a mask makes them, the sums have fewer terms, and no larger bounds;
+    where one dot product is several of the s of a softmax, it stands for their sum, with the mean of their v. Where
+    the probabilities of one softmax go into several means, these are one, of longer vectors with zeros for the others:
+    of the same R. So they may go into means anyhow, if each goes into one and all in one are of one softmax.
 
     Attributes:
       first: whether p is the first input.
@@ -186,9 +189,7 @@ def _are_weights(signal: Signal, contracted: Sequence[int]) -> bool:
         return False
     rows = np.moveaxis(node.ball[places], contracted, range(-len(contracted), 0))
     rows = rows.reshape(-1, math.prod(rows.shape[-len(contracted) :]))
-    if not rows.size or np.any(rows != rows[:, :1]):
-        return False
-    return len(np.unique(rows[:, 0])) == len(rows)
+    return bool(rows.size and np.all(rows == rows[:, :1]))
 
 
 def _means(node: Matrices, own: int, radius: Array) -> Means:
@@ -207,16 +208,14 @@ def _means(node: Matrices, own: int, radius: Array) -> Means:
 
 
 def _query(ball: np.ndarray, scores: Signal, of: Matrices) -> int | None:
-    """Which factor has one vector for each softmax of these dot products, each read once; None where neither has."""
+    """Which factor's vectors are each in the dot products of one softmax alone; None where that is true of neither."""
     places, balls = scores.places.ravel(), ball.ravel()
     read = places >= 0
-    if multiplicity(places) > 1:
-        return None
     shape = [math.prod(part) for part in np.split(np.array(of.shape), [of.batch, of.batch + of.rows])]
     batch, row, column = np.unravel_index(places[read], shape)
     for query, vector in enumerate((batch * shape[1] + row, batch * shape[2] + column)):
         pairs = np.unique(np.stack([balls[read], vector]), axis=1)
-        if all(len(np.unique(side)) == pairs.shape[1] for side in pairs):
+        if len(np.unique(pairs[1])) == pairs.shape[1]:
             return query
     return None
 

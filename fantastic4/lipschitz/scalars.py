@@ -80,6 +80,7 @@ def _pow(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return _to_the(_root(base, label), int(2 * number), label)
 
 
+JUMPS = "makes whole numbers or truth values of a signal, which jump"
 NOT_A_NUMBER = "hides where its argument is not a number, which is not known to be nowhere: it may jump there"
 
 

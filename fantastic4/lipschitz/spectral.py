@@ -19,7 +19,7 @@ from fantastic4.linalg import widened
 from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Joint, Linear
-from fantastic4.lipschitz.scalars import aligned
+from fantastic4.lipschitz.scalars import JUMPS, aligned
 from fantastic4.lipschitz.trace import RULES, Walk, at_once, is_constant, of_complex, out_shape
 
 
@@ -46,11 +46,15 @@ def _fft(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
 
 
 @of_complex("real", "imag", "conj", "abs", "convert_element_type")
-def _part(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Signal:
+def _part(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     (signal,) = operands
     name = eqn.primitive.name
-    if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.complexfloating):
-        return signal  # real numbers are complex ones
+    if name == "convert_element_type":
+        kind = eqn.params["new_dtype"]
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            return signal  # real numbers are complex ones
+        if not jnp.issubdtype(kind, jnp.floating):
+            return walk.refuse(eqn, JUMPS)
     return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), linear=name != "abs"))
 
 
