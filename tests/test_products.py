@@ -32,8 +32,8 @@ def points(shape, count=24):
     rng = np.random.default_rng(SEED)
     any_ = rng.standard_normal((count, *shape)) * np.geomspace(0.02, 30, count).reshape(-1, *(1,) * len(shape))
     alike = np.broadcast_to(any_[..., :1], any_.shape) + 1e-2 * rng.standard_normal(any_.shape)
-    one = np.zeros((3, *shape))
-    one[0].flat[0], one[1].flat[-1], one[2][..., 1] = 50, -50, 20
+    one = np.zeros((4, *shape))
+    one[0].flat[0], one[1].flat[-1], one[2][..., 1], one[3][0] = 50, -50, 20, 20
     corners = np.array(list(itertools.product((0, 50, -50), repeat=shape[0]))) if shape in ((2,), (3,)) else any_[:0]
     return np.concatenate([any_, alike, one, np.zeros((1, *shape)), corners])
 
@@ -110,6 +110,10 @@ BOUNDED = {
     "of each round": lambda x: rounds(x)[1],
     "mapped": lambda x: lax.map(lambda row: unit(row) @ W, x),
     "one of two": lambda x: lax.cond(jnp.asarray(True), lambda y: y @ W, lambda y: y @ V, unit(x)),
+    "shifted": lambda x: unit(x) - 3,
+    "scaled and shifted": lambda x: centred(x) * SAW + 3,
+    "sums of rows and columns": lambda x: unit(x) + unit(x.T).T,
+    "rows of many sizes": lambda x: lax.map(lambda row: row @ W, unit(x) * np.float32([[1], [5], [9]])),
     "differences": lambda x: centred(x) - unit(x) - 3,
     "the difference of one": lambda x: unit(x) - 2 * unit(x),
 }  # fmt: skip
@@ -159,6 +163,9 @@ UNBOUNDED = {
     "attention": lambda x: nn.softmax(x @ x.T) @ x,
     "divided": lambda x: (1 / (jnp.abs(x) + 1)) @ (jnp.log1p(jnp.abs(x)) * SAW).T,
     "a gate": lambda x: nn.sigmoid(x) * (x @ W),
+    "some of it": lambda x: jnp.where(SAW > 0, unit(x), x) @ unit(x).T,
+    "some beside it": lambda x: jnp.concatenate([unit(x), x]) @ unit(x).T,
+    "limited on no side": lambda x: jnp.maximum(x, -jnp.inf) @ unit(x).T,
 }
 
 
@@ -166,6 +173,19 @@ UNBOUNDED = {
 def test_what_is_not_bounded_has_no_constant(name):
     with pytest.raises(lipschitz.UnboundedError, match=r"not both known to be bounded.*behind a normalisation"):
         bound(UNBOUNDED[name], SHAPE)
+
+
+UNKNOWN = {
+    "a quotient": lambda x: jnp.tanh(x) / jnp.sin(x),
+    "a negative power": lambda x: jnp.tanh(x) ** -2,
+    "the input": lambda x: x,
+    "a logarithm": lambda x: jnp.log(jnp.abs(jnp.tanh(x))),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_sizes_that_are_not_known(name):
+    assert size_of(UNKNOWN[name], SHAPE) is None
 
 
 def attention(x, mask=None):
@@ -250,7 +270,7 @@ PROGRAMS = {
         lambda x: (1 - 2 * jnp.tanh(x[1] / 10)) * jnp.tanh(x[0]) - 2 * jnp.tanh(x[1] / 10) * jnp.sin(x[0]), (2,), None
     ),
     # As steep as a function can be that is no larger and no more bent: what one moves while the other does counts.
-    "parabolas": (lambda x: parabolas(x) * parabolas(x @ np.eye(4)), SHAPE, None),
+    "parabolas": (lambda x: parabolas(x) * parabolas(x @ np.eye(1)), (1,), None),
     # Where one of what they are made of moves, and the others hardly do.
     "means, by scores": (
         lambda x: nn.softmax(x[:2]) @ nearly(x[2:]), (4,), 0.5**0.5
@@ -269,6 +289,17 @@ PROGRAMS = {
     "between, by what chooses": (
         lambda x: (1 - nn.sigmoid(x[:2])) * nearly(x[2:4])
         + nn.sigmoid(x[:2]) * nearly(x[4:], -ENDS), (6,), 0.5,
+    ),
+    "between, by what it is multiplied with": (
+        lambda x: (
+            (1 - nn.sigmoid(x[:2] / 100 - 6)) * (3 * nearly(x[2:4])) + nn.sigmoid(x[:2] / 100 - 6) * nearly(x[4:6])
+        ) * jnp.tanh(x[6:]), (8,), 3.0,
+    ),
+    "product of three": (
+        lambda x: (3 * nearly(x[:2])) * (3 * nearly(x[2:4])) * jnp.tanh(x[4:]), (6,), 9.0
+    ),
+    "means of longer vectors, by scores": (
+        lambda x: nn.softmax(x[:2]) @ nearly(x[2:].reshape(2, 3), ENDS[:, None]), (8,), 1.5**0.5
     ),
     "product, by one": (lambda x: jnp.tanh(x[:2]) * nearly(x[2:]) * 3, (4,), 3.0),
     "matrices, by one": (
@@ -377,6 +408,14 @@ def test_a_gru_does_not_grow_with_what_it_has_kept():
     run = lambda x: nn.RNN(cell).apply({"params": {"cell": quiet["params"]}}, x)[:, -1]
     few, many = bound(run, (1, 10, 2)), bound(run, (1, 20, 2))
     assert many < 3 * few
+
+
+def test_one_of_two_that_is_not_known_while_tracing():
+    def fn(flag):
+        return lambda x: lax.cond(flag, lambda y: 5 * y, lambda y: y, nearly(x[:2]) + 1) * jnp.tanh(x[2:])
+
+    for_both = jax.jit(lambda flag: lipschitz.bound(fn(flag), jnp.ones(4)).value)
+    assert steepest_seen(fn(True), (4,)) * (1 - 1e-12) <= for_both(False) <= 10.2
 
 
 def test_constants_that_are_no_numbers_are_told():
