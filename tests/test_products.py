@@ -33,7 +33,7 @@ def points(shape, count=24):
     any_ = rng.standard_normal((count, *shape)) * np.geomspace(0.02, 30, count).reshape(-1, *(1,) * len(shape))
     alike = np.broadcast_to(any_[..., :1], any_.shape) + 1e-2 * rng.standard_normal(any_.shape)
     one = np.zeros((4, *shape))
-    one[0].flat[0], one[1].flat[-1], one[2][..., 1], one[3][0] = 50, -50, 20, 20
+    one[0].flat[0], one[1].flat[-1], one[2][..., -1], one[3][0] = 50, -50, 20, 20
     corners = np.array(list(itertools.product((0, 50, -50), repeat=shape[0]))) if shape in ((2,), (3,)) else any_[:0]
     return np.concatenate([any_, alike, one, np.zeros((1, *shape)), corners])
 
