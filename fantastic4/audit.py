@@ -54,9 +54,14 @@ class Task:
           ValueError: what `fantastic4.norm_interval` refuses, with the layer's name.
         """
         try:
-            return norm_interval(self.kernel, self.spec, self.rtol, input_shape=self.input_shape)
+            found = norm_interval(self.kernel, self.spec, self.rtol, input_shape=self.input_shape)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        if found.upper == 0 and self.input_shape is not None and np.any(self.kernel):
+            raise ValueError(
+                f"{self.name}: nothing comes out of it for an input of {self.input_shape}: its input_shape?"
+            )
+        return found
 
 
 def tasks(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fantastic4.kernels import arrays, power_states
+
 _PARAMS = ("params", "model")  # what a checkpoint of a whole training run calls them, first choice first
 _CONVERSIONS = {
     (".pt", ".pth", ".bin", ".ckpt"): "; save its state_dict() by safetensors.torch.save_file",
@@ -195,8 +197,9 @@ def _beside(tree: Any, keys: tuple[str, ...], at: str | None = None) -> tuple[st
 
 
 def _has_matrix(tree: Any) -> bool:
-    """Whether there is an array with two axes or more."""
-    return any(len(getattr(leaf, "shape", None) or ()) > 1 for leaf in jax.tree.leaves(tree))
+    """Whether there is an array with two axes or more that is no power iteration's."""
+    states = power_states(tree)
+    return any(len(leaf.shape) > 1 and "/".join(words) not in states for words, leaf in arrays(tree))
 
 
 def _keys(tree: Any) -> Iterator[str]:

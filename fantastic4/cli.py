@@ -25,7 +25,7 @@ from fantastic4 import audit as audits
 from fantastic4 import checkpoints
 from fantastic4.conv import ConvSpec
 from fantastic4.interval import Interval
-from fantastic4.kernels import Dense, Layer, Spec, Stacked, find, left_out, meant
+from fantastic4.kernels import Dense, Layer, Spec, Stacked, find, left_out, meant, power_states
 from fantastic4.rounding import times_up
 from fantastic4.tables import at_least, at_most
 
@@ -49,7 +49,7 @@ def main() -> None:
     help="TOML: for paths or globs, what the layers are: see docs/audit.md.",
 )
 @click.option("--rtol", default=1e-3, show_default=True, help="Wanted width: upper / lower - 1.")
-@click.option("--max-norm", type=float, help="Exit with 1 unless all is proved to be at most this.")
+@click.option("--max-norm", type=click.FloatRange(min=0), help="Exit with 1 unless all is proved to be at most this.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -76,7 +76,8 @@ def audit(
         layers = find(params.tree, select=chosen, specs=given)
         tasks = audits.tasks(params.tree, layers, input_shapes=input_shapes, rtol=rtol)
         _check_order(layers, ordered)
-        passed_over = left_out(params.tree, layers, chosen)
+        states = power_states(params.tree)
+        passed_over = [(path, shape) for path, shape in left_out(params.tree, layers, chosen) if path not in states]
         done = _kept(out)
     rows: list[tuple[audits.Task, Interval]] = []
     interrupted = False
@@ -225,7 +226,7 @@ def _print(where: str, rows: Sequence[tuple[audits.Task, Interval]], rtol: float
     for name in ("shape", "norm at least", "norm at most"):
         table.add_column(name, justify="right", no_wrap=True)
     for task, found in rows:
-        marks = "" if found.reached else " *"
+        marks = "" if found.reached or math.isnan(found.upper) else " *"
         style = "bold red" if max_norm is not None and not found.upper <= max_norm else None
         shape = "×".join(map(str, task.shape))
         table.add_row(
@@ -235,7 +236,9 @@ def _print(where: str, rows: Sequence[tuple[audits.Task, Interval]], rtol: float
     table.add_row("product", "", "", at_most(times_up(*(found.upper for _, found in rows))))
     console = Console()
     console.print(table)
-    if not all(found.reached for _, found in rows):
+    if any(math.isnan(found.upper) for _, found in rows):
+        console.print("nan: the kernel holds NaN or infinite numbers.", highlight=False)
+    if not all(found.reached or math.isnan(found.upper) for _, found in rows):
         console.print(
             f"* the two ends stay further apart than {rtol:g}: see fantastic4.norm_interval.", highlight=False
         )

@@ -115,7 +115,7 @@ def _path(keys: Sequence[Any]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 
-def _arrays(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+def arrays(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every leaf that has a shape and a dtype, with its path."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
@@ -124,7 +124,7 @@ def _arrays(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Those that hold real numbers, of 16 bits or more: JAX computes with no others."""
-    return ((words, leaf) for words, leaf in _arrays(params) if _is_real(leaf.dtype))
+    return ((words, leaf) for words, leaf in arrays(params) if _is_real(leaf.dtype))
 
 
 def _is_real(dtype: Any) -> bool:
@@ -133,7 +133,22 @@ def _is_real(dtype: Any) -> bool:
 
 def paths(params: Any) -> list[str]:
     """The paths of all arrays in a tree, kernels or not."""
-    return ["/".join(words) for words, _ in _arrays(params)]
+    return ["/".join(words) for words, _ in arrays(params)]
+
+
+def power_states(params: Any) -> set[str]:
+    """Paths of vectors and scales of power iterations: in states of `fantastic4.network`, and of NNX's wrappers."""
+    there = {words for words, _ in arrays(params)}
+    wrapped = {words[:i] for words in there for i, word in enumerate(words) if word == "layer_instance"}
+    found = set()
+    for words in filter(None, there):
+        *parent, last = words[:-1] if words[-1:] == ("value",) else words  # as Orbax writes an NNX state
+        within = tuple(parent[:-1])
+        if last in ("vectors", "scales") and (
+            parent[-1:] == ["inner"] or (parent[-1:] == ["state"] and within in wrapped)
+        ):
+            found.add("/".join(words))
+    return found
 
 
 def meant(given: Mapping[str, T], path: str) -> T | None:
@@ -279,7 +294,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
     layers, unused, seen = [], set(specs), []
     shapes = {words: tuple(leaf.shape) for words, leaf in _leaves(params)}
     without = _without_kernel(params)
-    for words, leaf in _arrays(params):
+    for words, leaf in arrays(params):
         path = "/".join(words)
         seen.append(path)
 
@@ -318,7 +333,7 @@ def find(params: Any, *, select: Select | None = None, specs: Mapping[str, Spec]
             f"a spec for {sorted(unused)[0]!r}, but no such path: this tree has {some(seen, sorted(unused)[0])}"
         )
     if not layers:
-        if callable(select) and not any(_matches(select, "/".join(words), leaf) for words, leaf in _arrays(params)):
+        if callable(select) and not any(_matches(select, "/".join(words), leaf) for words, leaf in arrays(params)):
             raise ValueError(f"no kernel found: select {select!r} chooses nothing; this tree has {some(seen)}")
         raise ValueError(
             f"no kernel found: a kernel is a leaf named {', '.join(_NAMES)} with two axes or more, or one that "
@@ -335,7 +350,7 @@ def left_out(
     modules = {path.rpartition("/")[0] for path in known}
     return tuple(
         (path, tuple(leaf.shape))
-        for words, leaf in _arrays(params)
+        for words, leaf in arrays(params)
         if (path := "/".join(words)) not in known
         and leaf.ndim > 1
         and 0 not in leaf.shape
@@ -346,9 +361,10 @@ def left_out(
 
 
 def some(paths: Sequence[str], near: str | None = None) -> str:
-    """A few paths for a message, those that look like ``near`` first."""
+    """A few paths for a message, those that look like ``near`` first, then those of kernels."""
     close = difflib.get_close_matches(near, paths, n=4, cutoff=0.3) if near else []
-    paths = list(dict.fromkeys([*close, *paths]))
+    kernels = [path for path in paths if path.rpartition("/")[2] in _NAMES]
+    paths = list(dict.fromkeys([*close, *kernels, *paths]))
     return (", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")) or "no arrays"
 
 
@@ -365,6 +381,11 @@ def _check(layer: Layer) -> None:
         if not whole or not -len(shape) < inner.inputs < len(shape) or inner.inputs == 0 or len(shape) < 2:
             raise ValueError(f"{layer.path}: Dense(inputs={inner.inputs}) does not split a kernel of shape {shape}")
         return
+    if len(shape) == 2:
+        raise ValueError(
+            f"{layer.path}: a kernel of shape {shape} is a matrix, which no ConvSpec fits: network.Dense(), "
+            "or dense = 1 in a file of specs, or none"
+        )
     try:
         geometry(jax.eval_shape(layer.kernels, jax.ShapeDtypeStruct(layer.shape, jnp.float32)).shape[1:], inner)
     except ValueError as error:

@@ -86,7 +86,9 @@ class SpectralBound(nn.Module):
     * ``mode="hard"`` has it use kernel · maximum / bound, as Miyato et al. (2018) with their heuristic.
 
     **Of estimates**: the bound in training is that of warm-started power iteration, from below, as in
-    `fantastic4.step`; certify a trained model with `fantastic4.network.report` or `fantastic4.norm_interval`.
+    `fantastic4.step`; certify a trained model with `fantastic4.lipschitz.bound`, which sees what the layer computes
+    with. `fantastic4.network.report` and ``fantastic4 audit`` see the stored kernel: in ``"soft"`` and ``"hard"`` mode
+    it is another.
 
     Attributes:
       layer_instance: the layer.

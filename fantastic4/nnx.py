@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -28,7 +29,9 @@ class SpectralBound(nnx.Module):
     * ``mode="hard"`` has it use kernel · maximum / bound, as Miyato et al. (2018) with their heuristic.
 
     **Of estimates**: the bound in training is that of warm-started power iteration, from below, as in
-    `fantastic4.step`; certify a trained model with `fantastic4.network.report` or `fantastic4.norm_interval`.
+    `fantastic4.step`; certify a trained model with `fantastic4.lipschitz.bound`, which sees what the layer computes
+    with. `fantastic4.network.report` and ``fantastic4 audit`` see the stored kernel: in ``"soft"`` and ``"hard"`` mode
+    it is another.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,9 +142,11 @@ class SpectralBound(nnx.Module):
 
 
 def penalty(model: nnx.Module) -> Array:
-    """Sum of the bounds that the layers in ``"penalty"`` mode found in their last call that kept its state.
+    """Sum of the bounds of the layers in ``"penalty"`` mode.
 
-    Call it in the loss function, after the model: then its gradient reaches the kernels.
+    Of each, the bound of its last call that kept its state: call it in the loss function, after the model, then its
+    gradient reaches the kernels. Of layers that keep no state, as after ``model.eval()``, it is computed here, from the
+    state as it stands. Calls with ``update_stats=False`` alone have left the bound that was there, a constant.
 
     Args:
       model: any module.
@@ -164,5 +169,11 @@ def penalty(model: nnx.Module) -> Array:
     total = jnp.zeros(())
     for _, module in nnx.iter_modules(model):
         if isinstance(module, SpectralBound) and module.how.mode == "penalty":
-            total = total + jnp.sum(module.bound[...])
+            value = module.bound[...]
+            if module.use_running_average or not module.update_stats:
+                bound = lambda kernel, state, how=module.how: how.estimate(kernel, state)[0]  # noqa: E731
+                for _ in range(value.ndim):  # of stacked layers, as nnx.vmap makes them
+                    bound = jax.vmap(bound)
+                value = bound(module._kernel(), {name: v[...] for name, v in module.state.items()})
+            total = total + jnp.sum(value)
     return total

@@ -23,6 +23,7 @@ at 0 in JAX is 0.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from fantastic4.attacks import attack as attack
 from fantastic4.classifier import Logits
 from fantastic4.entry import count, not_negative
 from fantastic4.linalg import unit, widened
+from fantastic4.rounding import constant_up, round_up
 
 _BATCH = 1000  # examples whose gradients are computed together
 _CHUNK = 512  # pairs of an example and a class that are searched together
@@ -48,7 +50,7 @@ def _pairs_of(matrix: Array, classes: int, name: str, dtype: Any) -> Array:
     except TypeError:
         raise ValueError(
             f"{name} must be numbers, as fantastic4.lipschitz.margins and margin_curvatures return them, got "
-            f"{type(matrix).__name__}; of a lipschitz.Bound, √2 times its value"
+            f"{type(matrix).__name__}; of a lipschitz.Bound its value"
         ) from None
     if matrix.shape not in ((), (classes, classes)):
         raise ValueError(f"{name} must be a number or ({classes}, {classes}), one entry for each z_i - z_j")
@@ -71,8 +73,8 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
     Args:
       fn: logits ``(batch, classes)`` of a batch.
       x: the batch.
-      margins: ``(classes, classes)`` from `fantastic4.lipschitz.margins`; a scalar is for all of them (√2 times the
-        bound of the whole network).
+      margins: ``(classes, classes)`` from `fantastic4.lipschitz.margins`; or a scalar L, the bound of the whole
+        network: each margin's is then at most √2 L.
 
     Returns:
       ``(batch,)``, 0 where nothing is certified: a tie, or a NaN.
@@ -90,6 +92,8 @@ def lipschitz_radii(fn: Logits, x: Array, margins: Array) -> Array:
     """
     logits = classifier.logits(classifier.precise(fn), x)
     limits = _pairs_of(margins, logits.shape[1], "margins", jnp.promote_types(logits.dtype, jnp.float32))
+    if jnp.ndim(margins) == 0:
+        limits = round_up(limits * constant_up(math.sqrt(2), limits.dtype), 2)
     predicted = jnp.argmax(logits, axis=1)
     own = classifier.of_class(logits, predicted)[:, None]
     slack = _slack(x.dtype, logits.dtype)

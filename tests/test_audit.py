@@ -21,6 +21,7 @@ from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 from fantastic4 import audit, checkpoints, network
+from fantastic4 import nnx as f4nnx
 from fantastic4.cli import main
 
 RNG = np.random.default_rng(5)
@@ -178,6 +179,7 @@ def test_a_limit_decides_the_exit_status(tmp_path):
     run(path, "--max-norm", 1.002 * norm, "--select", "Dense_*")
     np.savez(path, **{"a/kernel": np.array([[np.nan]]), "b/kernel": np.eye(2)})
     out = tmp_path / "audit.jsonl"
+    assert "the kernel holds NaN" in run(path)
     for _ in range(2):  # as computed, and as kept
         assert "Not proved to be at most 1000: a/kernel" in run(path, "--max-norm", 1e3, "--out", out, code=1)
     assert rows(out)["a/kernel"]["upper"] is None
@@ -204,6 +206,29 @@ def test_nothing_is_passed_over_silently(name, tmp_path):
         run(path, "--max-norm", limit, *fix.split())
     np.savez(path, **{"model/kernel": MATRIX, "optimizer/mu/kernel": MATRIX, "step": 3, "rngs/key": np.ones((2, 2))})
     run(path, "--max-norm", limit)
+
+
+def test_states_of_power_iterations_are_no_kernels(tmp_path):
+    """Of this library's own; what is called so elsewhere is not passed over."""
+    layer = f4nnx.SpectralBound(nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", nnx.state({"a": layer}))
+        state = network.init(PARAMS, key=jax.random.key(0))
+        checkpointer.save(tmp_path / "run", {"params": PARAMS, "bounds": state})
+    assert "a/layer_instance/kernel" in run(tmp_path / "nnx", "--max-norm", 100)
+    assert "bounds" not in run(tmp_path / "run", "--max-norm", 100, "--select", "*kernel")
+    vectors = {"a/kernel": MATRIX, "b/state/vectors": MATRIX, "vectors": MATRIX}
+    np.savez(tmp_path / "others.npz", **vectors)
+    assert "b/state/vectors" in run(tmp_path / "others.npz", "--max-norm", 100, code=1)
+
+
+def test_a_layer_of_which_nothing_comes_out_does_not_pass(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"stem/kernel": CONV})
+    specs = tmp_path / "a.toml"
+    specs.write_text('["stem/kernel"]\npadding = [[1, 1], [0, 1]]\ninput_shape = [1, 1]\n')
+    assert "nothing comes out of it for an input of (1, 1)" in run(
+        tmp_path / "a.npz", "--specs", specs, "--max-norm", 1, code=1
+    )
 
 
 def test_biases_of_several_axes_are_no_gap(tmp_path):

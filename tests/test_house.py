@@ -20,7 +20,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"devices", "promotion", "now", "msgpack", "checkpoints", "threads"},
+    {"devices", "promotion", "now", "msgpack", "threads"},
     {"rounding", "linalg", "expression", "tables"},
     {"entry"},
     {"conv", "dense", "symbol", "jets", "layout"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"jacobian", "spectrum", "frequency", "power", "scalar", "values"},
     {"ladder", "interval", "heuristics", "clipping", "together"},
     {"bounds", "kernels"},
-    {"layerwise", "classifier", "audit"},
+    {"layerwise", "classifier", "audit", "checkpoints"},
     {"network", "wrapping", "lipschitz", "attacks"},
     {"linen", "nnx", "transforms", "robustness"},
     {"__init__"},

@@ -193,8 +193,9 @@ def attention(x, mask=None):
     return jax.nn.dot_product_attention(h[None, :, None] @ W, h[None, :, None] @ V, h[None, :, None] @ U, mask=mask)
 
 
-def parabolas(x):
-    return jnp.sin(x) + jnp.sin(3 * x) / 27
+def steep(x):
+    """The square of its largest slope is more than its largest value times its largest curvature."""
+    return jnp.tanh(x) * (1 - jnp.tanh(x) ** 2)
 
 
 CAUSAL = np.tril(np.ones((3, 3), bool))
@@ -267,10 +268,9 @@ PROGRAMS = {
         lambda x: (1 - nn.sigmoid(x[1])) * jnp.tanh(x[0]) + nn.sigmoid(x[2]) * jnp.sin(x[0]), (3,), None
     ),
     "weights beyond 1": (
-        lambda x: (1 - 2 * jnp.tanh(x[1] / 10)) * jnp.tanh(x[0]) - 2 * jnp.tanh(x[1] / 10) * jnp.sin(x[0]), (2,), None
+        lambda x: (1 - 2 * jnp.tanh(x[1] / 10)) * jnp.tanh(x[0]) + 2 * jnp.tanh(x[1] / 10) * jnp.sin(-x[0]), (2,), None
     ),
-    # As steep as a function can be that is no larger and no more bent: what one moves while the other does counts.
-    "parabolas": (lambda x: parabolas(x) * parabolas(x @ np.eye(1)), (1,), None),
+    "steep": (lambda x: steep(x) * steep(x @ np.eye(1)), (1,), None),
     # Where one of what they are made of moves, and the others hardly do.
     "means, by scores": (
         lambda x: nn.softmax(x[:2]) @ nearly(x[2:]), (4,), 0.5**0.5
@@ -320,7 +320,7 @@ def test_products_of_what_is_bounded(name):
 
 
 CURVED = (
-    "parabolas",
+    "steep",
     "between",
     "beyond",
     "of one number",
@@ -392,6 +392,14 @@ def test_modules_of_flax(name):
     value, slope = jax.jit(jax.value_and_grad(of))(variables)
     assert value == pytest.approx(found, rel=1e-4)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
+
+
+def test_a_bound_beyond_all_floats_is_infinite():
+    """And not NaN, which would say that something is none."""
+    cell = nn.RNN(nn.LSTMCell(8))
+    x = jnp.ones((1, 100, 4))
+    variables = jax.tree.map(lambda leaf: 3 * leaf, cell.init(jax.random.key(0), x))
+    assert bound(lambda x: cell.apply(variables, x)[:, -1], x.shape) == np.inf
 
 
 def test_attention_of_nnx():

@@ -409,6 +409,18 @@ def test_two_forwards_before_one_backward():
     assert bool(jnp.isfinite(found["layer_instance"]["kernel"][...]).all())
 
 
+def test_the_penalty_of_a_model_that_keeps_no_state_has_a_gradient():
+    """As of one that is tuned with its batch norms frozen; of stacked layers too."""
+    make = lambda rngs: f4nnx.SpectralBound(nnx.Linear(4, 4, rngs=rngs), rngs=rngs, warmup=200)
+    for model in (make(nnx.Rngs(0)), nnx.vmap(make)(nnx.Rngs(1).split(2))):
+        before = jax.tree.map(np.asarray, nnx.state(model))
+        model.eval()
+        gradient = nnx.grad(f4nnx.penalty)(model)["layer_instance"]["kernel"][...]
+        left, _, right = np.linalg.svd(np.asarray(model.layer_instance.kernel[...], float))
+        np.testing.assert_allclose(gradient, left[..., :, :1] @ right[..., :1, :], atol=1e-3)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, nnx.state(model))))
+
+
 @pytest.mark.parametrize("dtype", [{"dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}])
 @pytest.mark.parametrize("mode", ["penalty", "soft", "hard"])
 def test_half_precision_and_zero_kernels(dtype, mode):

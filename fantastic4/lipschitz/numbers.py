@@ -100,7 +100,7 @@ class Numbers:
         if len(terms) == 1:
             return terms[0]
         largest = functools.reduce(jnp.maximum, terms)
-        scale = lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+        scale = lax.stop_gradient(jnp.where((largest > 0) & (largest < jnp.inf), largest, 1))
         ratios = [term / scale for term in terms]
         inside = functools.reduce(lambda a, b: a + b, [r * r for r in ratios])
         # The square root of zero has no derivative.
