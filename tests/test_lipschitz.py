@@ -379,6 +379,9 @@ EXACT = {
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
     "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
     "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
+    "logarithm of a norm": (lambda x: jnp.log(jnp.linalg.norm(x) + 0.1), S, 10.0),
+    "root of a norm": (lambda x: jnp.sqrt(3 * jnp.linalg.norm(x) + 0.01), S, 15.0),
+    "scaled, over its norm": (lambda x: (DYADIC * x) / (jnp.linalg.norm(x, axis=1, keepdims=True) + 0.1), S, 20.0),
     "norms of rows": (lambda x: jnp.linalg.norm(x - B, axis=1), S, 1.0),
     "norm of what is repeated": (lambda x: jnp.sqrt(1e-6 + jnp.sum(jnp.concatenate([x, x]) ** 2)), S, 2**0.5),
     "root of a mean of squares": (lambda x: jnp.sqrt(jnp.mean(x * x, 1)), S, 3**-0.5),
@@ -919,6 +922,11 @@ TRAPS = {
     ),
     "slopes of channels on one side, of differences": (
         lambda x: (lambda h: jnp.where(h > 0, h, STEEP * h))(x - x[::-1]), (2,), [[1.0, 0.0], [0.0, 1.0]]
+    ),
+    "logarithm of a norm that may vanish": (lambda x: jnp.log(jnp.linalg.norm(x)), S, [[1e-3] * 6]),
+    "logarithm of less than a norm": (lambda x: jnp.log(jnp.linalg.norm(x) - 0.1), S, [[0.0408] * 6]),
+    "scaled, over another norm": (
+        lambda x: (DYADIC * x) / (jnp.linalg.norm(x[::-1], axis=1, keepdims=True) + 0.1), S, [[0.0] * 3 + [9.0] * 3]
     ),
     "waves of two lengths": (lambda x: (jnp.sin(x), jnp.cos(2 * x)), (1,), [[2.5], [2.2], [0.8]]),
     "waves of two heights": (lambda x: (3 * jnp.sin(x), jnp.cos(x)), (1,), [[0.0]]),

@@ -57,6 +57,7 @@ class Node:
       inputs: what it reads.
       unmoved: what else is computed on the way, and does not move it: a level that softmax does not see.
       most: what its entries are at most, in absolute value, where that is known.
+      least: what they are at least, where that is known.
     """
 
     label: Label
@@ -64,6 +65,7 @@ class Node:
     inputs: tuple[Signal, ...]
     unmoved: tuple[Signal, ...] = dataclasses.field(default=(), kw_only=True)
     most: float = dataclasses.field(default=math.inf, kw_only=True)
+    least: float = dataclasses.field(default=-math.inf, kw_only=True)
     order: int = dataclasses.field(default_factory=lambda: next(_counter), init=False)
     mapped: dict[Expr, Node] = dataclasses.field(default_factory=dict, init=False)  # nodes of scalar functions of it
 

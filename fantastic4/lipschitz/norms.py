@@ -25,13 +25,11 @@ class Norm(Fixed):
     Attributes:
       of: u.
       axes: which.
-      least: the smallest number that it can be.
       share: √a, not rounded up.
     """
 
     of: Signal | None = None
     axes: tuple[int, ...] = ()
-    least: float = 0.0
     share: float = 0.0
 
 

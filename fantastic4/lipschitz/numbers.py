@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import fnmatch
 import functools
 import math
@@ -13,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from fantastic4.conv import ConvSpec
-from fantastic4.expression import Expr, X, affine, slopes
+from fantastic4.expression import Expr, X, affine, const, slopes, substitute
 from fantastic4.kernels import some
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError, multiplicity
 from fantastic4.rounding import product_up, round_up, times_up
@@ -161,6 +163,13 @@ def _slope(expr: Expr) -> float:
 def slope(signal: Signal) -> float:
     """Lipschitz constant of a signal's scalar function."""
     remedy = "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
+    least = signal.node.least
+    if least > -math.inf:
+        # Below that it may be steeper, or none: as of log(x + c) for a norm x.
+        with contextlib.suppress(ValueError, OverflowError):
+            return _slope(signal.expr)
+        above = substitute(signal.expr, X, Expr("max", (X, const(least))))
+        signal = dataclasses.replace(signal, expr=above)
     return of_one_number(signal, _slope, "slope", remedy)
 
 

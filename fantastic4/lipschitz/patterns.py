@@ -78,7 +78,9 @@ def softmax(top: Signal, bottom: Signal, label: Label) -> Signal | None:
     source, level = _without_level(exponent, axes)
     name = dataclasses.replace(label, operation="softmax")
     bend = (2 / 27) ** 0.5 * (1 + 1e-15)
-    found = Softmax(name, top.shape, (source,), 0.5, bend=bend, unmoved=level, most=1.0, axes=tuple(axes), radius=1.0)
+    found = Softmax(
+        name, top.shape, (source,), 0.5, bend=bend, unmoved=level, most=1.0, least=0.0, axes=tuple(axes), radius=1.0
+    )
     return whole(found)
 
 

@@ -216,6 +216,18 @@ def _normalised(a: Signal, b: Signal, label: Label) -> Signal | None:
     return norms.normalised_product(a, b, label)
 
 
+def _scaled_quotient(a: Signal, b: Signal, label: Label) -> Signal | None:
+    """U · constants / g for a norm g of u, as if the constants came last."""
+    node = a.node
+    if isinstance(node, Linear) and node.unfolded is not None and a.plain and a.shape == node.shape:
+        a = node.unfolded()
+        node = a.node
+    if not isinstance(node, Scaled) or not a.plain or a.shape != node.shape:
+        return None
+    found = norms.normalised(node.inputs[0], b, label)
+    return None if found is None else _times(found, node.by, label)
+
+
 @rule("mul")
 def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     a, b = aligned(operands, out_shape(eqn))
@@ -248,6 +260,7 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             _of_one("div", a, b, label)
             or patterns.softmax(a, b, label)
             or norms.normalised(a, b, label)
+            or _scaled_quotient(a, b, label)
             or walk.refuse(
                 eqn,
                 "divides by what depends on the input: no Lipschitz constant that is known. Normalisation has one as "

@@ -107,12 +107,12 @@ def size(walk: Walk, value: Any) -> Size | None:
             continue
         made = walk.made.get(id(last))
         found = _by_node(last)
-        if found is None and made is not None:
+        if made is not None and (found is None or found.balls is None) and _has_rule(made.how):
             missing = [o for o in made.operands if isinstance(o, Signal) and id(o) not in walk.sizes]
             if missing:
                 waiting += missing
                 continue
-            found = _by_equation(walk, made.how, made.operands, made.place)
+            found = _smaller(found, _by_equation(walk, made.how, made.operands, made.place))
         walk.sizes[id(last)] = last, found
         waiting.pop()
     return _known(walk, value)
@@ -143,7 +143,7 @@ def _by_node(signal: Signal) -> Size | None:
         with at_once(0.0):
             radius = jnp.asarray(constant_up(node.radius, jnp.result_type(float)))
             ball = Size(jnp.full(node.shape, radius), balls, jnp.full(balls.max(initial=-1) + 1, radius))
-    elif isinstance(node, Scaled) and straight is not None and not straight[1]:
+    elif isinstance(node, Scaled):
         below = _by_node(node.inputs[0])
         if below is not None:
             ball = _times(below, Size(jnp.abs(jnp.broadcast_to(wide(node.by), node.shape))))
@@ -210,6 +210,18 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return put
+
+
+def _has_rule(how: Any) -> bool:
+    return callable(how) or how.primitive.name in _RULES
+
+
+def _smaller(one: Size | None, other: Size | None) -> Size | None:
+    """What both say, with the balls of the second."""
+    if one is None or other is None:
+        return other if one is None else one
+    with at_once(one.entries, other.entries):
+        return dataclasses.replace(other, entries=jnp.minimum(one.entries, other.entries))
 
 
 def _by_equation(walk: Walk, how: Any, operands: Sequence[Any], place: int) -> Size | None:

@@ -55,7 +55,8 @@ def _part(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             return signal  # real numbers are complex ones
         if not jnp.issubdtype(kind, jnp.floating):
             return walk.refuse(eqn, JUMPS)
-    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), linear=name != "abs"))
+    least = 0.0 if name == "abs" else -math.inf
+    return whole(Fixed(walk.label(eqn), out_shape(eqn), (signal,), linear=name != "abs", least=least))
 
 
 @of_complex("select_n")
