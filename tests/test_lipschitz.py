@@ -1475,6 +1475,35 @@ def test_the_same_under_jit_and_vmap():
     assert "Lipschitz at most" in str(whole)
 
 
+def alike(params):
+    """Layers of one kind, with and without a scale behind them, and one matrix twice."""
+
+    def fn(x):
+        for i, (matrix, kernel, scale) in enumerate(zip(*params, strict=True)):
+            y = conv(jnp.tanh(x @ matrix)[None], kernel, pads=(1, 1))[0]
+            x = jnp.tanh(y * scale if i % 2 else y) + x @ params[0][0]
+        return x
+
+    return fn
+
+
+def test_kernels_of_one_kind_share_a_program_under_jit():
+    """With the numbers of each, whatever has been folded in; a NaN in one of them is told."""
+    rng = np.random.default_rng(5)
+    params = [rng.standard_normal(shape).astype(DTYPE) for shape in ((4, 3, 3), (4, 3, 3, 3), (4, 3))]
+    of = lambda p: lipschitz.bound(alike(p), jnp.ones((5, 3))).value
+    value, gradient = jax.jit(jax.value_and_grad(of))(params)
+    assert value == pytest.approx(float(of(params)), rel=1e-5)
+    for one, other in zip(gradient, jax.grad(of)(params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4 * np.abs(other).max())
+    sizes = [len(jax.jit(of).lower([x[:n] for x in params]).as_text()) for n in (2, 4)]
+    assert sizes[1] < 1.5 * sizes[0]
+    for i in range(3):
+        broken = [x.copy() for x in params]
+        broken[i].ravel()[-1] = np.nan
+        assert np.isnan(jax.jit(of)(broken))
+
+
 def test_gradients_are_finite_differences(x64):
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), PARAMS)
     of = jax.jit(lambda p: lipschitz.bound(mlp(p), jnp.ones(S, jnp.float64)).value)

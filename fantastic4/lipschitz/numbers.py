@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -64,13 +65,22 @@ class Numbers:
         """A node's norm."""
         return node.norm(self.method(node))
 
+    def prepare(self, nodes: Sequence[Any]) -> None:
+        """What `norm` will be asked, together."""
+
     def norm(self, node: HasNorm) -> Array:
         """Norm of a linear node, computed once for all that share its kernel."""
-        key = id(node.kernel), node.spec, self.method(node)
+        key = self._key(node)
         if key not in self._norms:
-            # With the kernel: an identity is of an object that lives.
-            self._norms[key] = self.narrow(self.compute(node)), node.kernel
+            self._put(node, self.compute(node))
         return self._norms[key][0]
+
+    def _key(self, node: HasNorm) -> Any:
+        return id(node.kernel), node.spec, self.method(node)
+
+    def _put(self, node: HasNorm, norm: Array) -> None:
+        # With the kernel: an identity is of an object that lives.
+        self._norms[self._key(node)] = self.narrow(norm), node.kernel
 
     def narrow(self, value: Array) -> Array:
         """A number in the type of the constants, not rounded down."""
@@ -127,6 +137,26 @@ class ByName(Numbers):
         self._names.add(node.label.name)
         fitting = [word for glob, word in self.methods.items() if fnmatch.fnmatchcase(node.label.name, glob)]
         return fitting[-1] if fitting else "four"
+
+    def prepare(self, nodes: Sequence[Any]) -> None:
+        """Under jit, norms of kernels of one kind by one program in a loop, which is traced and compiled once."""
+        alike: dict[Any, dict[Any, Any]] = {}
+        for node in nodes:
+            method = self.method(node)
+            if isinstance(node.kernel, jax.core.Tracer) and method != "interval" and node.kernel.size:
+                lost = None if isinstance(node.lost, float) else jax.typeof(node.lost)
+                kind = jax.typeof(node.kernel), lost, node.spec, method
+                alike.setdefault(kind, {}).setdefault(id(node.kernel), node)
+        for (_, lost, _, method), members in alike.items():
+            first, *others = members.values()
+            if others:
+                given = [(node.kernel, 0.0 if lost is None else node.lost) for node in members.values()]
+                stacked = jax.tree.map(lambda *each: jnp.stack(each), *given)
+                one = lambda given, first=first, method=method, lost=lost: dataclasses.replace(  # noqa: E731
+                    first, kernel=given[0], lost=0.0 if lost is None else given[1]
+                ).norm(method)
+                for node, norm in zip(members.values(), lax.map(one, stacked), strict=True):
+                    self._put(node, norm)
 
     def check(self) -> None:
         """Refuse a glob that no layer fits."""

@@ -13,6 +13,7 @@ from fantastic4.expression import Expr, affine
 from fantastic4.lipschitz.branches import combined
 from fantastic4.lipschitz.fixed import SILENT
 from fantastic4.lipschitz.graph import Label, Node, Signal
+from fantastic4.lipschitz.nodes import Linear
 from fantastic4.lipschitz.numbers import Numbers, bend, slope
 
 
@@ -51,6 +52,7 @@ def first_order(nodes: Sequence[Node], outputs: Sequence[Signal], how: Numbers) 
         return seen[key]
 
     matrices = combined(nodes, outputs)
+    how.prepare([node for node in nodes if isinstance(node, Linear)])
     for node in nodes:
         given = [read(signal) for signal in node.inputs]
         total = node.lipschitz(given, how)
