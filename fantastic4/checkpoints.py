@@ -97,6 +97,9 @@ def _orbax(folder: Path, at: str | None) -> Params:
         whole = handler.metadata(folder).tree
     except ValueError as error:  # of JSON
         raise ValueError(f"{folder} is no checkpoint that Orbax wrote, or a part of one: {error}") from error
+    first = (at or "").strip("/").partition("/")
+    if first[0] == folder.name and isinstance(whole, Mapping) and first[0] not in whole:
+        at = first[2]  # the tree's own name, as in the table's title
     keys = _where(whole, at)
     # Only this part is read: an optimiser's state is twice as large. As NumPy: its devices may not be here.
     wanted = _follow(whole, keys)

@@ -266,7 +266,8 @@ def step(
     and with a ``threshold`` c only what exceeds it counts: max(b_l - c, 0), its square, or max(log b_l - log c, 0).
 
     Args:
-      params: the tree that the state was made for, by path and shape.
+      params: the tree that the state was made for, by path and shape. Kernels that the state does not know, as of a
+        layer that was added since, have no share in the penalty: make a new state.
       state: from `init` or the step before.
       reduce: one of these words.
       threshold: c, a number or scalar; None is no threshold.
@@ -277,7 +278,8 @@ def step(
       The penalty, a scalar, whose gradient reaches the kernels; and the new `NetworkState`, with ``values``.
 
     Raises:
-      ValueError: a state of another tree, an unknown word, a weight for a path that does not exist.
+      ValueError: a state with kernels that ``params`` lack or have in another shape, an unknown word, a weight for a
+        path that does not exist.
 
     Example:
       >>> import jax, jax.numpy as jnp

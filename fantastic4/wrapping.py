@@ -99,6 +99,8 @@ def spec_of(layer: Any, path: str, convolutions: tuple[type, ...], dense: type) 
     name = type(layer).__name__
     kind: Any = next((kind for kind in (*convolutions, dense) if isinstance(layer, kind)), None)
     if kind is None:
+        if name == "SpectralBound":
+            raise ValueError(f"{path}: this layer is wrapped already")
         known = ", ".join(k.__name__ for k in (*convolutions, dense) if k.__name__ != "ConvLocal")  # refused as well
         raise ValueError(
             f"{path}: {name} is not a {known}: wrap the layers in it, or use fantastic4.network on the params"

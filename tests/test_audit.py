@@ -377,6 +377,13 @@ def test_what_cannot_be_read_says_what_can(tmp_path):
     assert "choose by --at" in refused(tmp_path / "b.npz")
     assert "no emma in this checkpoint: it has opt_state, ema" in refused(tmp_path / "b.npz", "--at", "emma")
     run(tmp_path / "b.npz", "--at", "ema")
+    with ocp.CheckpointManager(tmp_path / "run") as manager:  # its tree stands in a folder called default
+        manager.save(0, args=ocp.args.StandardSave({"ema_params": PARAMS}))
+    assert "default, ema_params" in run(tmp_path / "run", "--at", "default/ema_params", "--select", "*kernel")
+    assert (
+        "is not in the range x>=0"
+        in CliRunner().invoke(main, ["audit", str(tmp_path / "b.npz"), "--max-norm", "-1"]).output
+    )
     np.savez(tmp_path / "d.npz", **{"a/b/opt_state/0/mu/kernel": MATRIX, "a/b/weights/kernel": MATRIX})
     assert "choose by --at" in refused(tmp_path / "d.npz")
     np.savez(tmp_path / "c.npz", **{"a/params/kernel": MATRIX, "b/params/kernel": MATRIX})

@@ -488,6 +488,11 @@ def test_errors_name_the_path(message):
 
 def test_errors():
     wrapped = linen.SpectralBound(nn.Conv(4, (3, 3)))
+    with pytest.raises(ValueError, match="this layer is wrapped already"):
+        linen.SpectralBound(wrapped).init(KEY, X)
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="this layer is wrapped already"):
+        f4nnx.SpectralBound(f4nnx.SpectralBound(nnx.Linear(2, 2, rngs=rngs), rngs=rngs), rngs=rngs)
     params = wrapped.init(KEY, X)["params"]
     with pytest.raises(ValueError, match="no spectral_stats in the variables: pass what init returned"):
         wrapped.apply({"params": params}, X)
