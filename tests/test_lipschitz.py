@@ -379,6 +379,8 @@ EXACT = {
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
     "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
     "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
+    "the smaller of the same": (lambda x: nn.sigmoid(jnp.minimum(x, x)), S, 0.25),
+    "a choice of the same": (lambda x: nn.sigmoid(jnp.where(x > 100, x, x)), S, 0.25),
     "logarithm of a norm": (lambda x: jnp.log(jnp.linalg.norm(x) + 0.1), S, 10.0),
     "root of a norm": (lambda x: jnp.sqrt(3 * jnp.linalg.norm(x) + 0.01), S, 15.0),
     "scaled, over its norm": (lambda x: (DYADIC * x) / (jnp.linalg.norm(x, axis=1, keepdims=True) + 0.1), S, 20.0),

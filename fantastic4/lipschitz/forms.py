@@ -74,6 +74,8 @@ def known(expr: Expr) -> Expr:
         return expr.args[0]
     if expr.op in ("add", "sub") and expr.args[1] == _ZERO:
         return expr.args[0]
+    if expr.op in ("max", "min", "select") and expr.args[-1] == expr.args[-2]:  # the same on both sides
+        return expr.args[-1]
     if expr.op == "mul":
         return _masked(*expr.args) or expr
     if expr.op == "exp" and expr.args[0].op == "sub" and _softplus(expr.args[0].args[0]) == expr.args[0].args[1]:
