@@ -50,14 +50,13 @@ class Size:
 
     def length(self, axes: Sequence[int]) -> Array:
         """Of the root of the sum of squares over axes, which are gone."""
-        by_entries = _root_sum_squares(self.entries, axes)
+        by_entries = _root_sum_squares(self.entries, tuple(axes))
         if self.balls is None or self.radii is None:
             return by_entries
         rows = np.moveaxis(self.balls, axes, range(-len(axes), 0)).reshape(*by_entries.shape, -1)
         rows = np.sort(rows, axis=-1)
         first = np.diff(rows, axis=-1, prepend=-1) != 0
-        radii = jnp.where(first, self.radii[rows], 0)
-        return jnp.minimum(by_entries, _root_sum_squares(radii, (radii.ndim - 1,)))
+        return _by_balls(by_entries, self.radii, rows, first)
 
     def norm(self, rows: Sequence[int], columns: Sequence[int]) -> Array:
         """Of the ℓ2 norms of all matrices with these axes, which between them are those that no batch is along."""
@@ -65,7 +64,7 @@ class Size:
         for one, other in ((columns, rows), (rows, columns)):
             lengths = self.length(one)
             gone = sorted(one)
-            left = [a - sum(g < a for g in gone) for a in other]
+            left = tuple(a - sum(g < a for g in gone) for a in other)
             found.append(jnp.max(_root_sum_squares(lengths, left), initial=0))
         return jnp.minimum(*found)
 
@@ -80,9 +79,10 @@ class Size:
         return Size(entries, self.balls.ravel()[places], self.radii)
 
 
-def _root_sum_squares(x: Array, axes: Sequence[int]) -> Array:
+# Compiled together: one by one, these operations would be a hundred programs.
+@functools.partial(jax.jit, static_argnames="axes")
+def _root_sum_squares(x: Array, axes: tuple[int, ...]) -> Array:
     """Of numbers that are not negative, rounded up."""
-    axes = tuple(axes)
     count = math.prod(x.shape[a] for a in axes)
     return _root_of_squares(x, lambda squares: jnp.sum(squares, axis=axes), count)
 
@@ -95,6 +95,40 @@ def _root_of_squares(x: Array, add: Callable[[Array], Array], count: int) -> Arr
     vanished = float(jnp.finfo(x.dtype).tiny) * count
     inside = round_up((add((x / scale) ** 2) + vanished) * (1 + gamma(count + 2, x.dtype)), 8)
     return jnp.where(top == 0, 0, product_up(round_up(jnp.sqrt(inside), 4), scale))
+
+
+@jax.jit
+def _by_balls(by_entries: Array, radii: Array, rows: Array, first: Array) -> Array:
+    """Lengths of rows by the balls that their entries lie in, each counted once."""
+    found = jnp.where(first, radii[rows], 0)
+    return jnp.minimum(by_entries, _root_sum_squares(found, (found.ndim - 1,)))
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _of_balls(x: Array, balls: Array, count: int) -> Array:
+    """Of the entries in each ball the root of the sum of squares, rounded up."""
+    add = functools.partial(jax.ops.segment_sum, segment_ids=balls, num_segments=count)
+    return _root_of_squares(x, add, x.size)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _largest_of_balls(x: Array, balls: Array, count: int) -> Array:
+    return jnp.maximum(jax.ops.segment_max(x, balls, count), 0)
+
+
+@jax.jit
+def _product(a: Array, b: Array) -> Array:
+    return product_up(*jnp.broadcast_arrays(a, b))
+
+
+@jax.jit
+def _sum_of(a: Array, b: Array) -> Array:
+    return round_up(a + b, 2)
+
+
+@jax.jit
+def _sizes_of(x: Array) -> Array:
+    return jnp.abs(x) if jnp.iscomplexobj(x) else jnp.maximum(jnp.abs(x), subnormal_norm(x))
 
 
 def size(walk: Walk, value: Any) -> Size | None:
@@ -124,8 +158,7 @@ def _known(walk: Walk, value: Any) -> Size | None:
     if not is_constant(value) or not (_is_numbers(value)):
         return None
     with at_once(value):
-        x = wide(value)
-        return Size(jnp.abs(x) if jnp.iscomplexobj(x) else jnp.maximum(jnp.abs(x), subnormal_norm(x)))
+        return Size(_sizes_of(wide(value)))
 
 
 def _is_numbers(value: Any) -> bool:
@@ -164,22 +197,22 @@ def _scaled(of: Size, by: float) -> Size:
     if by == 1:
         return of
     factor = jnp.asarray(constant_up(by, of.entries.dtype))
-    return Size(product_up(of.entries, factor), of.balls, None if of.radii is None else product_up(of.radii, factor))
+    return Size(_product(of.entries, factor), of.balls, None if of.radii is None else _product(of.radii, factor))
 
 
 def _times(a: Size, b: Size) -> Size:
     """Of products of entries; the balls are those of the first, by the largest in each."""
-    entries = product_up(*jnp.broadcast_arrays(a.entries, b.entries))
+    entries = _product(a.entries, b.entries)
     if a.balls is None or a.radii is None or a.balls.shape != entries.shape:
         return Size(entries)
     by = jnp.broadcast_to(b.entries, entries.shape).ravel()
-    top = jax.ops.segment_max(by, a.balls.ravel(), len(a.radii))
-    return Size(entries, a.balls, product_up(a.radii, jnp.maximum(top, 0)))
+    top = _largest_of_balls(by, a.balls.ravel(), len(a.radii))
+    return Size(entries, a.balls, _product(a.radii, top))
 
 
 def _plus(a: Size, b: Size) -> Size:
     """Of sums of entries."""
-    entries = round_up(a.entries + b.entries, 2)
+    entries = _sum_of(a.entries, b.entries)
     for one, other in ((a, b), (b, a)):
         if one.balls is None or one.radii is None or one.balls.shape != entries.shape:
             continue
@@ -187,10 +220,8 @@ def _plus(a: Size, b: Size) -> Size:
             radii = other.radii
         else:
             spread = jnp.broadcast_to(other.entries, entries.shape).ravel()
-            balls, count = one.balls.ravel(), len(one.radii)
-            add = functools.partial(jax.ops.segment_sum, segment_ids=balls, num_segments=count)
-            radii = _root_of_squares(spread, add, entries.size)
-        return Size(entries, one.balls, round_up(one.radii + radii, 2))
+            radii = _of_balls(spread, one.balls.ravel(), len(one.radii))
+        return Size(entries, one.balls, _sum_of(one.radii, radii))
     return Size(entries)
 
 
@@ -281,7 +312,7 @@ def _power(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) ->
     y = eqn.params.get("y", 2)
     if sizes[0] is None or not 1 <= y <= 16:
         return None
-    return Size(functools.reduce(product_up, [sizes[0].entries] * y))
+    return Size(functools.reduce(_product, [sizes[0].entries] * y))
 
 
 @_rule("exp")
@@ -327,8 +358,16 @@ def _sum(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
     axes, entries = eqn.params["axes"], sizes[0].entries
     count = math.prod(entries.shape[a] for a in axes)
     plain = round_up(jnp.sum(entries, axis=axes) * (1 + gamma(count, entries.dtype)), 4)
-    together = product_up(sizes[0].length(axes), jnp.asarray(constant_up(math.sqrt(count), entries.dtype)))
+    together = _product(sizes[0].length(axes), jnp.asarray(constant_up(math.sqrt(count), entries.dtype)))
     return Size(jnp.minimum(plain, together))
+
+
+@functools.partial(jax.jit, static_argnames=("numbers", "count"))
+def _dot_product(a: Array, b: Array, numbers: Any, count: int) -> Array:
+    product = lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST)
+    # Products that vanish are below the smallest float each.
+    vanished = float(jnp.finfo(product.dtype).tiny) * count
+    return round_up(product * (1 + gamma(count + 2, product.dtype)) + vanished, 4)
 
 
 @_rule("dot_general")
@@ -337,11 +376,8 @@ def _dot(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
     if a is None or b is None:
         return None
     numbers = (contract, batch) = eqn.params["dimension_numbers"]
-    product = lax.dot_general(a.entries, b.entries, numbers, precision=lax.Precision.HIGHEST)
     count = math.prod(a.entries.shape[i] for i in contract[0])
-    kind = product.dtype
-    # Products that vanish are below the smallest float each.
-    entries = round_up(product * (1 + gamma(count + 2, kind)) + float(jnp.finfo(kind).tiny) * count, 4)
+    entries = _dot_product(a.entries, b.entries, numbers, count)
     free = [[i for i in range(s.entries.ndim) if i not in (*contract[k], *batch[k])] for k, s in enumerate((a, b))]
     lengths = []
     for k, s in enumerate((a, b)):
@@ -350,7 +386,7 @@ def _dot(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
     shared, (n, m) = len(batch[0]), map(len, free)
     rows = lengths[0].reshape(*lengths[0].shape, *(1,) * m)
     columns = lengths[1].reshape(*lengths[1].shape[:shared], *(1,) * n, *lengths[1].shape[shared:])
-    found = Size(jnp.minimum(entries, product_up(*jnp.broadcast_arrays(rows, columns))))
+    found = Size(jnp.minimum(entries, _product(rows, columns)))
     for k, at in ((1, shared + n), (0, shared)):  # the first of the constant's axes in the result
         if free[k] and is_constant(operands[k]) and not jnp.iscomplexobj(operands[k]):
             *others, last = free[k]
@@ -364,7 +400,7 @@ def _dot(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
             else:
                 own = own.reshape(*own.shape, *(1,) * len(free[1]))
                 signal = signal.reshape(*signal.shape[:shared], *(1,) * len(others), *signal.shape[shared:])
-            radii = product_up(*jnp.broadcast_arrays(own, signal))
+            radii = _product(own, signal)
             balls = np.arange(radii.size).reshape(radii.shape)
             balls = np.broadcast_to(np.expand_dims(balls, at + len(others)), found.entries.shape)
             return Size(found.entries, balls, radii.reshape(-1))
