@@ -441,3 +441,52 @@ def test_of_every_magnitude():
         fn = lambda x: (unit(x) * np.float32(by)) @ unit(x).T
         assert steepest_seen(fn, SHAPE) * (1 - 1e-6) <= bound(fn, SHAPE) <= 100 * by
     assert bound(lambda x: (unit(x) @ np.zeros((4, 4), np.float32)) @ unit(x).T, SHAPE) <= 1e-12
+
+
+def random_program(rng, depth):
+    """Of what is bounded, put together at random: (3, 4) to (3, 4)."""
+    if depth == 0:
+        matrix = draw_matrix(rng)
+        return [
+            unit,
+            centred,
+            lambda x: jnp.tanh(x @ matrix),
+            lambda x: nn.softmax(x @ matrix, int(matrix[0, 0] > 0)),
+            lambda x: jnp.clip(x, -1, 2) @ matrix,
+            lambda x: jnp.sin(x)[::-1],
+        ][rng.integers(6)]
+    a, b, c = (random_program(rng, int(rng.integers(depth))) for _ in range(3))
+    matrix, shift = draw_matrix(rng), np.float32(rng.standard_normal(4))
+    return [
+        lambda x: a(x) * b(x),
+        lambda x: nn.softmax(a(x) @ matrix @ b(x).T * 2) @ c(x),
+        lambda x: nn.softmax(jnp.where(CAUSAL, a(x) @ b(x).T, -1e9)) @ (c(x) @ matrix + shift),
+        lambda x: (lambda z: (1 - z) * a(x) + z * b(x))(nn.sigmoid(c(x) @ matrix)),
+        lambda x: (a(x) * shift + 1) @ matrix - b(x),
+        lambda x: nn.silu(a(x) @ matrix) * (b(x) + shift),
+        lambda x: a(b(x)) * c(x),
+        lambda x: jnp.einsum("ij,kj,kl->il", a(x), b(x), c(x)),
+        lambda x: lax.map(lambda pair: pair[0] * pair[1] + shift, (a(x), b(x))) @ matrix,
+        lambda x: centred(a(x) + jnp.concatenate([b(x)[1:], c(x)[:1]])),
+    ][rng.integers(10)]
+
+
+def draw_matrix(rng):
+    return np.float32(rng.standard_normal((4, 4)) * rng.choice([0.1, 1, 3]))
+
+
+def check_random_programs(seed, count):
+    for case in range(count):
+        rng = np.random.default_rng((seed, case))
+        fn = random_program(rng, 1 + case % 3)
+        at = np.concatenate([points(SHAPE), rng.standard_normal((8, *SHAPE)) * 3])
+        assert steepest_seen(fn, SHAPE, at) * (1 - 1e-12) <= bound(fn, SHAPE), (seed, case)
+
+
+def test_random_programs():
+    check_random_programs(SEED, 8)
+
+
+@pytest.mark.fuzz
+def test_random_programs_by_the_hundred():
+    check_random_programs(SEED, int(os.environ.get("FUZZ_CASES", 300)))
