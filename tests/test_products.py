@@ -379,7 +379,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_of_flax(name):
-    """Under jit with a gradient by the params, too."""
+    """The largest under jit with a gradient by the params, too."""
     x, net = jnp.ones((1, 3, 4)), MODULES[name]
     noise = lambda leaf: leaf + jax.random.normal(jax.random.key(SEED + leaf.size), leaf.shape) / 4
     variables = jax.tree.map(noise, net.init(jax.random.key(SEED), x))
@@ -389,6 +389,8 @@ def test_modules_of_flax(name):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
         plain = lambda x: net.apply(wide, x)
     assert steepest_seen(plain, x.shape) * (1 - 1e-12) <= found
+    if name != "transformer":
+        return
     value, slope = jax.jit(jax.value_and_grad(of))(variables)
     assert value == pytest.approx(found, rel=1e-4)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
