@@ -43,8 +43,8 @@ def steepest_seen(fn, shape, at=None):
     with jax.enable_x64(True):
         at = jnp.asarray(points(shape) if at is None else at, jnp.float64)
         jacobians = jax.jit(jax.vmap(jax.jacrev(lambda x: jnp.ravel(fn(x)))))(at)
-        flat = np.asarray(jacobians).reshape(len(at), jacobians.shape[1], -1)
-        return float(np.linalg.norm(flat, 2, axis=(1, 2)).max())
+        flat = np.asarray(jacobians).reshape(len(at), jacobians.shape[1], int(np.prod(shape)))
+        return float(np.linalg.norm(flat, 2, axis=(1, 2)).max()) if flat.size else 0.0
 
 
 def bound(fn, shape):
@@ -58,6 +58,10 @@ def unit(x):
 def centred(x):
     x = x - x.mean(-1, keepdims=True)
     return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 0.1)
+
+
+def length_of(x):
+    return jnp.sqrt(jnp.sum(x * x, -1) + 0.01)
 
 
 def conv(x, kernel):
@@ -443,6 +447,90 @@ def test_of_every_magnitude():
         fn = lambda x: (unit(x) * np.float32(by)) @ unit(x).T
         assert steepest_seen(fn, SHAPE) * (1 - 1e-6) <= bound(fn, SHAPE) <= 100 * by
     assert bound(lambda x: (unit(x) @ np.zeros((4, 4), np.float32)) @ unit(x).T, SHAPE) <= 1e-12
+
+
+def big(x):
+    return np.float32(1e38) * jnp.tanh(x[2:])
+
+
+def far(v):
+    return v / jnp.sqrt(jnp.sum(v * v) + 1e12)
+
+
+TINY = np.float32([1e-39, 2e-39])  # as the compiler may take for 0
+# What vanishes in float32 on the way, and does not where it ends.
+VANISHING = {
+    "twice a small number": lambda x: jnp.dot(jnp.tanh(1e-6 * x[:2]) * 1e-20 * 1e-20, big(x)),
+    "of what is normalised": lambda x: jnp.dot(far(x[:2]) * 1e-20 * 1e-20, big(x)),
+    "of probabilities": lambda x: jnp.dot(nn.softmax(1e-6 * x[:2]) * 1e-20 * 1e-20, big(x)),
+    "of the larger": lambda x: jnp.dot(jnp.maximum(jnp.tanh(1e-6 * x[:2]), 0) * 1e-20 * 1e-20, big(x)),
+    "over large numbers": lambda x: jnp.dot(jnp.tanh(1e-6 * x[:2]) / np.float32([3e38, 2e38]), big(x)),
+    "times subnormal numbers": lambda x: jnp.dot(far(x[:2]) * TINY, big(x)),
+    "squashed, times subnormal numbers": lambda x: jnp.dot(jnp.tanh(1e-6 * x[:2]) * TINY, big(x)),
+}
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_sizes_do_not_vanish(name):
+    fn = VANISHING[name]
+    at = np.float64([[1e6, 1e6, 50, 50], [1e6, 1e6, 0, 0], [1e8, 1e8, 0, 0]])
+    assert steepest_seen(fn, (4,), at) * (1 - 1e-6) <= bound(fn, (4,))
+
+
+def test_a_nan_among_thousands_is_told():
+    shape = (64, 64)
+    eye, nan = np.eye(64, dtype=np.float32), np.where(np.arange(64) == 7, np.nan, 0).astype(np.float32)
+    for fn in (
+        lambda x: jnp.where(np.arange(64) == 7, np.float32(np.nan), unit(x)) @ unit(x).T,
+        lambda x: (unit(x) @ eye + nan) * unit(x),
+    ):
+        assert np.isnan(bound(fn, shape))
+
+
+# The function and the shape of its input: each has a bound, none an error of another kind.
+ACCEPTED = {
+    "spread over rows": (lambda x: (unit(x) @ W) * (unit(x) @ V)[:1], SHAPE),
+    "spread over columns": (lambda x: (unit(x) @ W) * (unit(x) @ V).mean(1, keepdims=True), SHAPE),
+    "an outer product": (lambda x: (unit(x) @ W)[1][:, None] * (unit(x) @ V)[2][None], SHAPE),
+    "the square of what is normalised": (lambda x: unit(x) ** 2, SHAPE),
+    "the exponential of probabilities": (lambda x: jnp.exp(3 * nn.softmax(x)), SHAPE),
+    "entropy of a kind": (lambda x: nn.softmax(x) * jnp.log(nn.softmax(x) + 0.01), SHAPE),
+    "a logarithm beside what it is of": (
+        lambda x: (lambda p: jnp.concatenate([jnp.log(p + 0.1), p], -1))(nn.softmax(x)), SHAPE
+    ),
+    "a logarithm less what it is of": (lambda x: (lambda p: jnp.log(p + 0.1) - p[::-1])(nn.softmax(x)), SHAPE),
+    "a logarithm of a norm beside it": (
+        lambda x: (lambda n: jnp.stack([jnp.log(n), jnp.tanh(n)]))(length_of(x)), SHAPE
+    ),
+    "no rows": (lambda x: unit(x)[:0] @ unit(x).T, SHAPE),
+    "nothing between": (lambda x: unit(x)[:, :0] @ unit(x).T[:0], SHAPE),
+    "nothing in a matrix": (lambda x: (unit(x)[:, :0] @ np.zeros((0, 4), np.float32)) * unit(x), SHAPE),
+    "no columns": (lambda x: (unit(x) @ np.zeros((4, 0), np.float32)) @ jnp.zeros((0, 4)) + unit(x), SHAPE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_more_that_has_a_bound(name):
+    fn, shape = ACCEPTED[name]
+    found = bound(fn, shape)
+    assert np.isfinite(found)
+    assert steepest_seen(fn, shape) * (1 - 1e-12) <= found
+
+
+def test_many_scales_after_one_another():
+    """Deeper than Python's stack; numbers beyond all floats."""
+    by = np.float32([1, 0.5, 2, 1]) ** 0.01
+    long = lambda x: lax.scan(lambda h, _: (h * by, None), jnp.tanh(x), None, length=1500)[0] @ unit(x).T
+    assert bound(long, SHAPE) > 0
+
+    def large(x):
+        h = unit(x)
+        for _ in range(9):
+            h = h * 1e38
+        return h @ unit(x).T
+
+    with pytest.raises(lipschitz.UnboundedError, match="too large for a float"):
+        bound(large, SHAPE)
 
 
 def random_program(rng, depth):

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -166,6 +167,14 @@ class ByName(Numbers):
                 raise ValueError(f"a method for {glob!r}, but no such layer: {there}")
 
 
+def above(number: Fraction) -> float:
+    """The absolute value as a float, a little up."""
+    try:
+        return abs(float(number)) * (1 + 1e-15)
+    except OverflowError:
+        return math.inf
+
+
 def of_one_number(signal: Signal, find: Callable[[Expr], T], what: str, remedy: str) -> T:
     """What is known of a signal's scalar function, or an error that names where it comes from."""
     try:
@@ -193,14 +202,20 @@ def _slope(expr: Expr) -> float:
 def slope(signal: Signal) -> float:
     """Lipschitz constant of a signal's scalar function."""
     remedy = "Bound its argument first (jnp.clip, tanh), or divide by its norm plus a constant"
-    least = signal.node.least
-    if least > -math.inf:
-        # Below that it may be steeper, or none: as of log(x + c) for a norm x.
+    inside = _inside(signal.node)
+    if inside != X:
+        # Elsewhere it may be steeper, or none: as log(x + c) of a norm x, or the square of what is bounded.
         with contextlib.suppress(ValueError, OverflowError):
             return _slope(signal.expr)
-        above = substitute(signal.expr, X, Expr("max", (X, const(least))))
-        signal = dataclasses.replace(signal, expr=above)
+        signal = dataclasses.replace(signal, expr=substitute(signal.expr, X, inside))
     return of_one_number(signal, _slope, "slope", remedy)
+
+
+def _inside(node: Node) -> Expr:
+    """X, held to where a node's entries are."""
+    least, most = max(node.least, -node.most), node.most
+    found = X if least == -math.inf else Expr("max", (X, const(least)))
+    return found if most == math.inf else Expr("min", (found, const(most)))
 
 
 _PATTERNS = 8  # of how often functions read an entry
@@ -228,7 +243,9 @@ def slope_together(signals: Sequence[Signal]) -> float:
     if not 0 < len(patterns) <= _PATTERNS:
         return apart
     taken = [tuple((int(n), e) for n, e in zip(pattern, reads, strict=True) if n) for pattern in patterns]
-    return min(apart, max(steepest_together(terms) for terms in taken if terms))
+    with contextlib.suppress(ValueError, OverflowError):
+        return min(apart, max(steepest_together(terms) for terms in taken if terms))
+    return apart  # some have a slope only where the node's entries are
 
 
 def largest(signal: Signal) -> float:

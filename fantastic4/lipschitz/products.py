@@ -16,8 +16,8 @@ from jax.extend import core
 from fantastic4.expression import Expr, X, affine, const
 from fantastic4.lipschitz.fixed import Softmax
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity, whole
-from fantastic4.lipschitz.numbers import Numbers, largest
-from fantastic4.lipschitz.sizes import size
+from fantastic4.lipschitz.numbers import Numbers, above, largest
+from fantastic4.lipschitz.sizes import size, top
 from fantastic4.lipschitz.trace import Walk, at_once, out_shape
 
 
@@ -147,9 +147,12 @@ def _most(walk: Walk, signal: Signal) -> float | Array | None:
     return None if found is None else found.most
 
 
-def of_entries(walk: Walk, a: Signal, b: Signal, label: Label) -> Signal | None:
-    """A product of bounded functions, as tanh(u) · sigmoid(v), and of what is a layer of such."""
-    one, two = _most(walk, a), _most(walk, b)
+def of_entries(walk: Walk, a: Signal, b: Signal, operands: Sequence[Signal], label: Label) -> Signal | None:
+    """A product of bounded functions, as tanh(u) · sigmoid(v), and of what is a layer of such.
+
+    ``a`` and ``b`` are the operands, spread to one shape.
+    """
+    one, two = (_most(walk, operand) for operand in operands)
     if one is None or two is None:
         return None
     both = isinstance(one, float) and isinstance(two, float)
@@ -169,7 +172,7 @@ def of_matrices(walk: Walk, eqn: core.JaxprEqn, operands: Sequence[Signal]) -> A
     ]
     with at_once(*(s.entries for s in sizes)):
         norms = [s.norm(c, f) for s, c, f in zip(sizes, contract, free, strict=True)]
-        longest = [jnp.max(s.length(c), initial=0) for s, c in zip(sizes, contract, strict=True)]
+        longest = [top(s.length(c)) for s, c in zip(sizes, contract, strict=True)]
     node = Matrices(
         walk.label(eqn), out_shape(eqn), tuple(operands), sizes=(norms[0], norms[1]), batch=len(batch[0]),
         rows=len(free[0]), lengths=(longest[0], longest[1]),
@@ -177,7 +180,7 @@ def of_matrices(walk: Walk, eqn: core.JaxprEqn, operands: Sequence[Signal]) -> A
     for own in (0, 1):
         if _are_weights(operands[own], contract[own]):
             with at_once(*(s.entries for s in sizes)):
-                radius = jnp.max(sizes[1 - own].length(free[1 - own]), initial=0)
+                radius = top(sizes[1 - own].length(free[1 - own]))
             return whole(_means(node, own, radius))
     return whole(node)
 
@@ -201,7 +204,7 @@ def _means(node: Matrices, own: int, radius: Array) -> Means:
     if isinstance(weights, Softmax) and isinstance(of, Matrices) and straight is not None:
         query = _query(weights.ball.reshape(scores.shape), scores, of)
         if query is not None:
-            fields["by"] = abs(float(straight[0])) * (1 + 1e-15)
+            fields["by"] = above(straight[0])
             fields["scores"] = of.sizes[query], of.lengths[1 - query]
             fields["inputs"] += of.inputs[query], of.inputs[1 - query]
     return Means(**fields)

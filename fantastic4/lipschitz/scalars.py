@@ -237,7 +237,7 @@ def _mul(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
             _of_one("mul", a, b, label)
             or patterns.softmax_product(a, b, label)
             or _normalised(a, b, label)
-            or products.of_entries(walk, a, b, label)
+            or products.of_entries(walk, a, b, operands, label)
             or walk.refuse(
                 eqn,
                 products.UNBOUNDED + "; x / sqrt(sum(x²) + c) is known. Else bound both factors, as by jnp.clip or "

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -46,14 +47,15 @@ class Size:
     @property
     def most(self) -> Array:
         """Of all entries."""
-        return jnp.max(self.entries, initial=0)
+        return top(self.entries)
 
     def length(self, axes: Sequence[int]) -> Array:
         """Of the root of the sum of squares over axes, which are gone."""
         by_entries = _root_sum_squares(self.entries, tuple(axes))
         if self.balls is None or self.radii is None:
             return by_entries
-        rows = np.moveaxis(self.balls, axes, range(-len(axes), 0)).reshape(*by_entries.shape, -1)
+        count = math.prod(self.balls.shape[a] for a in axes)
+        rows = np.moveaxis(self.balls, axes, range(-len(axes), 0)).reshape(*by_entries.shape, count)
         rows = np.sort(rows, axis=-1)
         first = np.diff(rows, axis=-1, prepend=-1) != 0
         return _by_balls(by_entries, self.radii, rows, first)
@@ -65,7 +67,7 @@ class Size:
             lengths = self.length(one)
             gone = sorted(one)
             left = tuple(a - sum(g < a for g in gone) for a in other)
-            found.append(jnp.max(_root_sum_squares(lengths, left), initial=0))
+            found.append(top(_root_sum_squares(lengths, left)))
         return jnp.minimum(*found)
 
     def moved(self, move: Callable[[Any], Any]) -> Size:
@@ -79,6 +81,22 @@ class Size:
         return Size(entries, self.balls.ravel()[places], self.radii)
 
 
+@jax.jit
+def top(x: Array) -> Array:
+    """The largest of numbers that are not negative: on a CPU, a maximum over thousands may drop a NaN."""
+    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(x, initial=0))
+
+
+def _up(value: float | Fraction) -> Array:
+    """A number in the widest type there is, rounded up: not 0, where it vanishes there."""
+    dtype = jnp.result_type(float)
+    try:
+        number = float(value) * (1 + 1e-15)
+    except OverflowError:
+        number = math.inf
+    return jnp.asarray(constant_up(max(number, float(jnp.finfo(dtype).tiny)) if value > 0 else 0.0, dtype))
+
+
 # Compiled together: one by one, these operations would be a hundred programs.
 @functools.partial(jax.jit, static_argnames="axes")
 def _root_sum_squares(x: Array, axes: tuple[int, ...]) -> Array:
@@ -89,12 +107,12 @@ def _root_sum_squares(x: Array, axes: tuple[int, ...]) -> Array:
 
 def _root_of_squares(x: Array, add: Callable[[Array], Array], count: int) -> Array:
     """√ of sums of squares of numbers that are not negative, at most ``count`` in each, rounded up."""
-    top = lax.stop_gradient(jnp.max(x, initial=0))
-    scale = jnp.where((top > 0) & (top < jnp.inf), top, 1)
+    most = lax.stop_gradient(top(x))
+    scale = jnp.where((most > 0) & (most < jnp.inf), most, 1)
     # Squares that vanish are below the smallest float each; the root of zero has no derivative.
     vanished = float(jnp.finfo(x.dtype).tiny) * count
     inside = round_up((add((x / scale) ** 2) + vanished) * (1 + gamma(count + 2, x.dtype)), 8)
-    return jnp.where(top == 0, 0, product_up(round_up(jnp.sqrt(inside), 4), scale))
+    return jnp.where(most == 0, 0, product_up(round_up(jnp.sqrt(inside), 4), scale))
 
 
 @jax.jit
@@ -128,7 +146,9 @@ def _sum_of(a: Array, b: Array) -> Array:
 
 @jax.jit
 def _sizes_of(x: Array) -> Array:
-    return jnp.abs(x) if jnp.iscomplexobj(x) else jnp.maximum(jnp.abs(x), subnormal_norm(x))
+    if jnp.iscomplexobj(x):  # |a + ib| ≤ |a| + |b|, which neither vanishes nor overflows
+        return _sum_of(_sizes_of(x.real), _sizes_of(x.imag))
+    return jnp.maximum(jnp.abs(x), subnormal_norm(x))
 
 
 def size(walk: Walk, value: Any) -> Size | None:
@@ -166,37 +186,40 @@ def _is_numbers(value: Any) -> bool:
     return jnp.issubdtype(kind, np.number) or jnp.issubdtype(kind, np.bool_)
 
 
-def _by_node(signal: Signal) -> Size | None:
-    """What a signal's node says of it."""
+def _by_node(signal: Signal, depth: int = 0) -> Size | None:
+    """What a signal's node says of it, and a few before that."""
     node, straight = signal.node, affine(signal.expr)
     most = largest(signal)
     ball = None
     if isinstance(node, Confined):
         balls = node.ball.reshape(node.shape)
         with at_once(0.0):
-            radius = jnp.asarray(constant_up(node.radius, jnp.result_type(float)))
+            radius = _up(node.radius)
             ball = Size(jnp.full(node.shape, radius), balls, jnp.full(balls.max(initial=-1) + 1, radius))
-    elif isinstance(node, Scaled):
-        below = _by_node(node.inputs[0])
+    elif isinstance(node, Scaled) and depth < _DEEPEST:
+        below = _by_node(node.inputs[0], depth + 1)
         if below is not None:
-            ball = _times(below, Size(jnp.abs(jnp.broadcast_to(wide(node.by), node.shape))))
+            with at_once(below.entries, node.by):
+                ball = _times(below, Size(jnp.broadcast_to(_sizes_of(wide(node.by)), node.shape)))
     if ball is not None and straight is not None and not straight[1]:
         places = signal.places
         if not np.any(places < 0):
-            by = abs(float(straight[0])) * (1 + 1e-15)
             with at_once(ball.entries):
                 read = Size(ball.entries.reshape(-1), None if ball.balls is None else ball.balls.ravel(), ball.radii)
-                return _scaled(read.moved(lambda x: x[places]), by)
+                return _scaled(read.moved(lambda x: x[places]), abs(straight[0]))
     if most == math.inf:
         return None
     with at_once(0.0):
-        return Size(jnp.broadcast_to(wide(constant_up(most, jnp.result_type(float))), signal.shape))
+        return Size(jnp.broadcast_to(_up(most), signal.shape))
 
 
-def _scaled(of: Size, by: float) -> Size:
+_DEEPEST = 8  # scales after one another; further back, equations tell
+
+
+def _scaled(of: Size, by: Fraction) -> Size:
     if by == 1:
         return of
-    factor = jnp.asarray(constant_up(by, of.entries.dtype))
+    factor = _up(by)
     return Size(_product(of.entries, factor), of.balls, None if of.radii is None else _product(of.radii, factor))
 
 
@@ -206,8 +229,7 @@ def _times(a: Size, b: Size) -> Size:
     if a.balls is None or a.radii is None or a.balls.shape != entries.shape:
         return Size(entries)
     by = jnp.broadcast_to(b.entries, entries.shape).ravel()
-    top = _largest_of_balls(by, a.balls.ravel(), len(a.radii))
-    return Size(entries, a.balls, _product(a.radii, top))
+    return Size(entries, a.balls, _product(a.radii, _largest_of_balls(by, a.balls.ravel(), len(a.radii))))
 
 
 def _plus(a: Size, b: Size) -> Size:
@@ -285,7 +307,13 @@ def _div(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
     a, b = sizes
     if a is None or b is None or not is_constant(operands[1]):
         return None
-    return _times(a, Size(round_up(1 / b.entries, 4)))
+    return _times(a, Size(_reciprocals(jnp.abs(wide(operands[1])))))
+
+
+@jax.jit
+def _reciprocals(x: Array) -> Array:
+    over = jnp.maximum(round_up(1 / x, 4), float(jnp.finfo(x.dtype).tiny))
+    return jnp.where(x == jnp.inf, 0, over)
 
 
 @_rule("neg", "abs", "reduce_precision", "convert_element_type", "copy", "stop_gradient", "real", "imag")
@@ -392,6 +420,8 @@ def _dot(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
             *others, last = free[k]
             kernel = jnp.transpose(wide(operands[k]), (*batch[k], *others, *contract[k], last))
             lead = kernel.shape[: shared + len(others)]
+            if not kernel.size:
+                return found
             norms = jax.vmap(dense.bound)(kernel.reshape(math.prod(lead), count, -1)).reshape(lead)
             own = norms.reshape(*lead[:shared], *(1,) * (len(free[1 - k]) if k else 0), *lead[shared:])
             signal = lengths[1 - k]
