@@ -24,6 +24,7 @@ W, V, U = (RNG.standard_normal((4, 4)).astype(np.float32) for _ in range(3))
 HEADS = RNG.standard_normal((4, 2, 3)).astype(np.float32)
 TAPS = RNG.standard_normal((3, 4, 2)).astype(np.float32)
 SHAPE = (3, 4)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 SAW = np.float32([[1, -2, 0.5, 3]])
 
 
@@ -42,7 +43,7 @@ def steepest_seen(fn, shape, at=None):
     """The largest norm of a dense Jacobian in float64: a number that no bound may be below."""
     with jax.enable_x64(True):
         at = jnp.asarray(points(shape) if at is None else at, jnp.float64)
-        jacobians = jax.jit(jax.vmap(jax.jacrev(lambda x: jnp.ravel(fn(x)))))(at)
+        jacobians = jax.jit(jax.vmap(jax.jacrev(lambda x: jnp.ravel(fn(x)))), compiler_options=QUICK)(at)
         flat = np.asarray(jacobians).reshape(len(at), jacobians.shape[1], int(np.prod(shape)))
         return float(np.linalg.norm(flat, 2, axis=(1, 2)).max()) if flat.size else 0.0
 
@@ -138,7 +139,7 @@ def test_sizes(name):
     fn = BOUNDED[name]
     found = size_of(fn, SHAPE)
     with jax.enable_x64(True):
-        values = np.asarray(jax.jit(jax.vmap(fn))(jnp.asarray(points(SHAPE, 200))))
+        values = np.asarray(jax.jit(jax.vmap(fn), compiler_options=QUICK)(jnp.asarray(points(SHAPE, 200))))
     assert np.all(np.abs(values).max(0) <= np.float64(found.entries))
     assert np.abs(values).max() * 8 > float(found.most)
     for axis in range(values.ndim - 1):
@@ -341,7 +342,9 @@ def test_curvature_of_products(name):
     found = float(lipschitz.curvature(lambda x: jnp.sum(fn(x)), jax.ShapeDtypeStruct(shape, jnp.float32)).value)
     with jax.enable_x64(True):
         at = jnp.asarray(points(shape))
-        hessians = np.asarray(jax.jit(jax.vmap(jax.hessian(lambda x: jnp.sum(fn(x)))))(at)).reshape(len(at), -1)
+        hessians = np.asarray(
+            jax.jit(jax.vmap(jax.hessian(lambda x: jnp.sum(fn(x)))), compiler_options=QUICK)(at)
+        ).reshape(len(at), -1)
     size = int(np.prod(shape))
     assert np.linalg.norm(hessians.reshape(-1, size, size), 2, axis=(1, 2)).max() * (1 - 1e-12) <= found
 
@@ -383,7 +386,6 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_of_flax(name):
-    """The largest under jit with a gradient by the params, too."""
     x, net = jnp.ones((1, 3, 4)), MODULES[name]
     noise = lambda leaf: leaf + jax.random.normal(jax.random.key(SEED + leaf.size), leaf.shape) / 4
     variables = jax.tree.map(noise, net.init(jax.random.key(SEED), x))
@@ -393,18 +395,28 @@ def test_modules_of_flax(name):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
         plain = lambda x: net.apply(wide, x)
     assert steepest_seen(plain, x.shape) * (1 - 1e-12) <= found
-    if name != "transformer":
-        return
-    value, slope = jax.jit(jax.value_and_grad(of))(variables)
-    assert value == pytest.approx(found, rel=1e-4)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
+
+
+def test_gradients_by_the_matrices():
+    """Under jit: those of finite differences."""
+
+    def of(matrices):
+        q, k, v = matrices
+        fn = lambda x: nn.softmax(unit(x) @ q @ (centred(x) @ k).T) @ (unit(x) @ v) * nn.sigmoid(unit(x) @ q)
+        return lipschitz.bound(fn, jnp.ones(SHAPE)).value
+
+    value, slopes = jax.jit(jax.value_and_grad(of))((W, V, U))
+    assert value == pytest.approx(float(of((W, V, U))), rel=1e-4)
+    for i, slope in enumerate(slopes):
+        step = [m + 1e-2 * np.asarray(slope) / np.linalg.norm(slope) if j == i else m for j, m in enumerate((W, V, U))]
+        assert float(of(step)) - float(value) == pytest.approx(1e-2 * float(np.linalg.norm(slope)), rel=0.1)
 
 
 def test_a_bound_beyond_all_floats_is_infinite():
     """And not NaN, which would say that something is none."""
     cell = nn.RNN(nn.LSTMCell(8))
-    x = jnp.ones((1, 100, 4))
-    variables = jax.tree.map(lambda leaf: 3 * leaf, cell.init(jax.random.key(0), x))
+    x = jnp.ones((1, 40, 4))
+    variables = jax.tree.map(lambda leaf: 30 * leaf, cell.init(jax.random.key(0), x))
     assert bound(lambda x: cell.apply(variables, x)[:, -1], x.shape) == np.inf
 
 
@@ -574,7 +586,7 @@ def check_random_programs(seed, count):
 
 
 def test_random_programs():
-    check_random_programs(SEED, 8)
+    check_random_programs(SEED, 5)
 
 
 @pytest.mark.fuzz
