@@ -495,6 +495,7 @@ def test_a_nan_among_thousands_is_told():
     for fn in (
         lambda x: jnp.where(np.arange(64) == 7, np.float32(np.nan), unit(x)) @ unit(x).T,
         lambda x: (unit(x) @ eye + nan) * unit(x),
+        lambda x: jnp.max(unit(x) @ eye + nan, 1, keepdims=True) * unit(x),
     ):
         assert np.isnan(bound(fn, shape))
 

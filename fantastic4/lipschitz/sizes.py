@@ -81,10 +81,10 @@ class Size:
         return Size(entries, self.balls.ravel()[places], self.radii)
 
 
-@jax.jit
-def top(x: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="axes")
+def top(x: Array, axes: tuple[int, ...] | None = None) -> Array:
     """The largest of numbers that are not negative: on a CPU, a maximum over thousands may drop a NaN."""
-    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(x, initial=0))
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axes), jnp.nan, jnp.max(x, axis=axes, initial=0))
 
 
 def _up(value: float | Fraction) -> Array:
@@ -175,7 +175,7 @@ def size(walk: Walk, value: Any) -> Size | None:
 def _known(walk: Walk, value: Any) -> Size | None:
     if isinstance(value, Signal):
         return walk.sizes[id(value)][1]
-    if not is_constant(value) or not (_is_numbers(value)):
+    if not is_constant(value) or not _is_numbers(value):
         return None
     with at_once(value):
         return Size(_sizes_of(wide(value)))
@@ -283,8 +283,7 @@ def _by_equation(walk: Walk, how: Any, operands: Sequence[Any], place: int) -> S
     with at_once(*numbers):
         if callable(how):
             return how(*sizes) if all(s is not None for s in sizes) else None
-        rule = _RULES.get(how.primitive.name)
-        found = None if rule is None else rule(how, list(operands), sizes)
+        found = _RULES[how.primitive.name](how, list(operands), sizes)
         return found[place] if isinstance(found, list) else found
 
 
@@ -376,7 +375,7 @@ def _join(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> 
 
 @_rule("reduce_max", "reduce_min")
 def _reduce_extreme(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
-    return None if sizes[0] is None else Size(jnp.max(sizes[0].entries, axis=eqn.params["axes"]))
+    return None if sizes[0] is None else Size(top(sizes[0].entries, tuple(eqn.params["axes"])))
 
 
 @_rule("reduce_sum")
