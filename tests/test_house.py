@@ -36,13 +36,13 @@ FLOORS = [
 ]
 
 LIPSCHITZ_FLOORS = [
-    {"graph", "entered", "weights"},
+    {"graph", "entered", "weights", "sizes"},
     {"numbers"},
     {"fixed"},
     {"entrywise"},
     {"nodes"},
     {"trace", "patterns", "wrapped"},
-    {"losses", "sizes"},
+    {"losses", "propagation"},
     {"products"},
     {"moves", "linear", "register", "hessian", "sparse", "forms"},
     {"means", "pooling", "branches"},

@@ -15,7 +15,7 @@ from fantastic4 import lipschitz
 from fantastic4.expression import X
 from fantastic4.lipschitz.fixed import Input
 from fantastic4.lipschitz.graph import Label, Signal
-from fantastic4.lipschitz.sizes import size
+from fantastic4.lipschitz.propagation import size
 from fantastic4.lipschitz.trace import Walk
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))
