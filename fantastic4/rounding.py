@@ -8,6 +8,7 @@ floats at 1; a sum of products of length n, added in *any* order, fused or not, 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -83,6 +84,7 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     return as_float(exponent), as_float(jnp.asarray(highest + 1, word) - exponent)
 
 
+@functools.partial(jax.jit, inline=True)
 def subnormal_norm(x: Array) -> Array:
     """An upper bound of the Frobenius norm of what flushing subnormals to zero takes from ``x``.
 

@@ -40,7 +40,7 @@ LIPSCHITZ_FLOORS = [
     {"numbers"},
     {"fixed"},
     {"entrywise"},
-    {"nodes"},
+    {"nodes", "operands"},
     {"trace", "patterns", "wrapped"},
     {"losses", "propagation"},
     {"products"},

@@ -16,8 +16,8 @@ from fantastic4.expression import affine
 from fantastic4.lipschitz.fixed import SILENT, Fixed, Scaled
 from fantastic4.lipschitz.graph import Node, Signal
 from fantastic4.lipschitz.nodes import Joint, Sum
+from fantastic4.lipschitz.operands import is_known
 from fantastic4.lipschitz.sparse import norm_above
-from fantastic4.lipschitz.trace import is_known
 
 _MOST = 2**18  # entries of a matrix
 _SIDE = 256  # of a block

@@ -15,8 +15,9 @@ from fantastic4.expression import X
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import concatenate, moved
 from fantastic4.lipschitz.nodes import Either
+from fantastic4.lipschitz.operands import Comparison, Refused, is_constant, is_known
 from fantastic4.lipschitz.sizes import Size, largest_of
-from fantastic4.lipschitz.trace import Comparison, Refused, Walk, is_constant, is_known, rule, shape_and_dtype
+from fantastic4.lipschitz.trace import Walk, rule, shape_and_dtype
 
 _LONGEST = 100_000  # iterations of a while loop
 

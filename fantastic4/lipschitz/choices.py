@@ -17,18 +17,9 @@ from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
 from fantastic4.lipschitz.nodes import Joint, Linear, settled
+from fantastic4.lipschitz.operands import Comparison, at_once, is_constant, is_known, uniform, wide
 from fantastic4.lipschitz.scalars import JUMPS, NOT_A_NUMBER, aligned, always_a_number, scalar
-from fantastic4.lipschitz.trace import (
-    Comparison,
-    Walk,
-    at_once,
-    is_constant,
-    is_known,
-    out_shape,
-    rule,
-    uniform,
-    wide,
-)
+from fantastic4.lipschitz.trace import Walk, out_shape, rule
 from fantastic4.rounding import constant_up, product_up
 
 

@@ -17,7 +17,8 @@ from fantastic4.linalg import widened
 from fantastic4.lipschitz import losses, patterns, products
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Linear
-from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype
+from fantastic4.lipschitz.operands import at_once, is_constant, rearranged
+from fantastic4.lipschitz.trace import Walk, out_shape, rule, shape_and_dtype
 from fantastic4.lipschitz.wrapped import rings
 
 
@@ -39,10 +40,8 @@ def _dot(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     free = tuple(a for a in range(matrix.ndim) if a not in (*contracted, *batched))
     shape = out_shape(eqn)
     sizes = [matrix.shape[a] for a in free]
-    together = jnp.transpose(matrix, (*batched, *contracted, *free)).reshape(
-        math.prod(matrix.shape[a] for a in batched), math.prod(matrix.shape[a] for a in contracted), math.prod(sizes)
-    )
-    together = widened(together)
+    lengths = [math.prod(matrix.shape[a] for a in axes) for axes in (batched, contracted, free)]
+    together = widened(rearranged(matrix, (*batched, *contracted, *free), lengths))
     count = len(shape) - len(batched) - len(sizes)  # free axes of the signal
     start = len(batched) + (count if left_first else 0)
     # Two matrices in a row: the last axes of the first one's outputs are what the second contracts.

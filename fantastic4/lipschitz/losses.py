@@ -19,7 +19,7 @@ from jax import Array
 from fantastic4.expression import X, affine
 from fantastic4.lipschitz.fixed import SILENT, Fixed, LogSoftmax, LogSumExp, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, multiplicity, whole
-from fantastic4.lipschitz.trace import at_once
+from fantastic4.lipschitz.operands import at_once
 from fantastic4.lipschitz.weights import Weights, number, times_power_up, weights
 from fantastic4.rounding import gamma, round_up
 

@@ -15,7 +15,8 @@ from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.losses import picked
 from fantastic4.lipschitz.nodes import Joint, settled
 from fantastic4.lipschitz.numbers import largest
-from fantastic4.lipschitz.trace import Walk, evaluate, is_constant, is_known, out_shape, rule, uniform
+from fantastic4.lipschitz.operands import evaluate, is_constant, is_known, uniform
+from fantastic4.lipschitz.trace import Walk, out_shape, rule
 
 
 def moved(signal: Signal, places: np.ndarray) -> Signal:

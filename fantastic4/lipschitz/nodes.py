@@ -125,10 +125,7 @@ class Linear(Node):
         if self.kernel.size == 0:
             found = jnp.zeros((), self.kernel.dtype)
         elif self.spec is None:
-            matrices = self.kernel
-            found = dense.bound(matrices[0]) if len(matrices) == 1 else jnp.max(jax.vmap(dense.bound)(matrices))
-            if len(matrices) > 1:  # a maximum over thousands may drop a NaN
-                found = jnp.where(jnp.any(jnp.isnan(matrices)), jnp.nan, found)
+            found = _largest_norm(self.kernel)
         elif method == "interval":
             if isinstance(self.kernel, jax.core.Tracer):
                 raise ValueError(
@@ -149,31 +146,16 @@ class Linear(Node):
         """The same plus a constant: another node, with the same kernel."""
         return dataclasses.replace(self, label=dataclasses.replace(self.label, name=self.label.name or label.name))
 
-    def _size(self) -> Array:
-        """An upper bound of the norm by sizes alone: √taps · Frobenius norm."""
-        flat = lax.stop_gradient(self.kernel).reshape(-1, self.kernel.shape[-1])
-        size = dense.frobenius_bound(flat)
-        if self.spec is None:
-            return size
-        taps, factor = math.prod(self.kernel.shape[:-2]), canonical(self.kernel, self.spec)[1]
-        return round_up(size * constant_up(math.sqrt(taps) * factor, size.dtype), 2)
-
     def scaled(self, by: Array, label: Label) -> Linear | None:
         """Its outputs times a constant that goes by feature; None where it does not."""
-        sizes = [self.shape[a] for a in self.features]
         if by.ndim != len(self.shape) or any(n != 1 for a, n in enumerate(by.shape) if a not in self.features):
             return None
         if self.spec is None and len(self.kernel) > 1:
             return None
-        columns = jnp.broadcast_to(by, [n if a in self.features else 1 for a, n in enumerate(self.shape)])
-        columns = columns.reshape(sizes).reshape(-1).astype(self.kernel.dtype)
-        new = dataclasses.replace(self, kernel=self.kernel * columns, factors=(self.kernel, columns))
-        # An entry is off by a few roundings, and by less than the smallest float where it, or its scale, vanishes.
-        largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
-        u = 8.1 * unit_roundoff(self.kernel.dtype)
-        tiny = float(jnp.finfo(self.kernel.dtype).tiny)
-        vanished = tiny * self.kernel.size + product_up(jnp.asarray(tiny, self.kernel.dtype), self._size())
-        new.lost = round_up(largest * self.lost + constant_up(u, new.kernel.dtype) * new._size() + vanished, 6)
+        spread = tuple(n if a in self.features else 1 for a, n in enumerate(self.shape))
+        kernel, columns, lost = _scaled(self.kernel, by, self.lost, self.spec, spread)
+        new = dataclasses.replace(self, kernel=kernel, factors=(self.kernel, columns))
+        new.lost = lost
         new.roundings = self.roundings + 9
         return new
 
@@ -190,17 +172,9 @@ class Linear(Node):
             return None
         if min(first.kernel.shape[1], self.kernel.shape[2]) > first.kernel.shape[2]:
             return None
-        product = jnp.matmul(first.kernel[0], self.kernel[0], precision=lax.Precision.HIGHEST)[None]
+        product, lost = _after(first.kernel, first.lost, self.kernel, self.lost)
         new = dataclasses.replace(self, kernel=product, factors=None, inputs=first.inputs)
-        one, two = first._size(), self._size()
-        error, before, behind = (
-            jnp.asarray(x, product.dtype)
-            for x in (gamma(first.kernel.shape[2] + 2, product.dtype), first.lost, self.lost)
-        )
-        lost = product_up(error, one, two) + product_up(before, two) + product_up(one, behind)
-        # Products of entries may vanish, each of less than the smallest float.
-        vanished = float(jnp.finfo(product.dtype).tiny) * first.kernel.shape[2] * product.size
-        new.lost = round_up(lost + product_up(before, behind) + vanished, 6)
+        new.lost = lost
         new.roundings = 0
         new.apply = None
         return new
@@ -212,6 +186,54 @@ class Linear(Node):
     def curvature(self, given: Sequence[tuple[Array, Array]], how: Numbers) -> Array:
         """The norm times the input's."""
         return how.times(how.norm(self), given[0][1])
+
+
+# Compiled together: one by one, the operations of these would be a program each for every shape.
+def _size(kernel: Array, spec: ConvSpec | None) -> Array:
+    """An upper bound of the norm by sizes alone: √taps · Frobenius norm."""
+    size = dense.frobenius_bound(lax.stop_gradient(kernel).reshape(-1, kernel.shape[-1]))
+    if spec is None:
+        return size
+    taps, factor = math.prod(kernel.shape[:-2]), canonical(kernel, spec)[1]
+    return round_up(size * constant_up(math.sqrt(taps) * factor, size.dtype), 2)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "spread"))
+def _scaled(
+    kernel: Array, by: Array, lost: Array | float, spec: ConvSpec | None, spread: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    """A kernel times one number for each output, these, and what rounding has taken from the norm."""
+    columns = jnp.broadcast_to(by, spread).reshape(-1).astype(kernel.dtype)
+    scaled = kernel * columns
+    # An entry is off by a few roundings, and by less than the smallest float where it, or its scale, vanishes.
+    largest = jnp.max(jnp.abs(lax.stop_gradient(columns)))
+    u = 8.1 * unit_roundoff(kernel.dtype)
+    tiny = float(jnp.finfo(kernel.dtype).tiny)
+    vanished = tiny * kernel.size + product_up(jnp.asarray(tiny, kernel.dtype), _size(kernel, spec))
+    lost = round_up(largest * lost + constant_up(u, scaled.dtype) * _size(scaled, spec) + vanished, 6)
+    return scaled, columns, lost
+
+
+@jax.jit
+def _after(first: Array, lost_before: Array | float, second: Array, lost_behind: Array | float) -> tuple[Array, Array]:
+    """The product of two matrices, and what rounding has taken from its norm."""
+    product = jnp.matmul(first[0], second[0], precision=lax.Precision.HIGHEST)[None]
+    one, two = _size(first, None), _size(second, None)
+    error, before, behind = (
+        jnp.asarray(x, product.dtype) for x in (gamma(first.shape[2] + 2, product.dtype), lost_before, lost_behind)
+    )
+    lost = product_up(error, one, two) + product_up(before, two) + product_up(one, behind)
+    # Products of entries may vanish, each of less than the smallest float.
+    vanished = float(jnp.finfo(product.dtype).tiny) * first.shape[2] * product.size
+    return product, round_up(lost + product_up(before, behind) + vanished, 6)
+
+
+@jax.jit
+def _largest_norm(matrices: Array) -> Array:
+    if len(matrices) == 1:
+        return dense.bound(matrices[0])
+    found = jnp.max(jax.vmap(dense.bound)(matrices))
+    return jnp.where(jnp.any(jnp.isnan(matrices)), jnp.nan, found)  # which a maximum over thousands may drop
 
 
 def settled(signal: Signal) -> Signal:

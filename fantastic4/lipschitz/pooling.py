@@ -11,8 +11,8 @@ import numpy as np
 
 from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Label
+from fantastic4.lipschitz.operands import is_known
 from fantastic4.lipschitz.sparse import norm_above, sizes_of
-from fantastic4.lipschitz.trace import is_known
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """Of every entry of a window on one axis the window and the entry."""

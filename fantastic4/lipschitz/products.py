@@ -17,9 +17,10 @@ from fantastic4.expression import Expr, X, affine, const
 from fantastic4.lipschitz.fixed import Softmax
 from fantastic4.lipschitz.graph import Label, Node, Signal, multiplicity, whole
 from fantastic4.lipschitz.numbers import Numbers, above, largest
+from fantastic4.lipschitz.operands import at_once
 from fantastic4.lipschitz.propagation import size
 from fantastic4.lipschitz.sizes import top
-from fantastic4.lipschitz.trace import Walk, at_once, out_shape
+from fantastic4.lipschitz.trace import Walk, out_shape
 
 
 @dataclasses.dataclass(eq=False)

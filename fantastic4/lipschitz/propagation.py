@@ -24,6 +24,7 @@ from fantastic4.expression import affine
 from fantastic4.lipschitz.fixed import Confined, Scaled
 from fantastic4.lipschitz.graph import Signal
 from fantastic4.lipschitz.numbers import largest
+from fantastic4.lipschitz.operands import at_once, evaluate, is_constant, is_known, taken, wide
 from fantastic4.lipschitz.sizes import (
     Size,
     dot_product,
@@ -37,7 +38,7 @@ from fantastic4.lipschitz.sizes import (
     top,
     up,
 )
-from fantastic4.lipschitz.trace import Walk, at_once, evaluate, is_constant, is_known, wide
+from fantastic4.lipschitz.trace import Walk
 from fantastic4.rounding import constant_up, gamma, round_up
 
 
@@ -96,7 +97,7 @@ def _by_node(signal: Signal, depth: int = 0) -> Size | None:
         if not np.any(places < 0):
             with at_once(ball.entries):
                 read = Size(ball.entries.reshape(-1), None if ball.balls is None else ball.balls.ravel(), ball.radii)
-                return scaled(read.moved(lambda x: x[places]), abs(straight[0]))
+                return scaled(read.moved(lambda x: taken(x, places)), abs(straight[0]))
     if most == math.inf:
         return None
     with at_once(0.0):

@@ -11,7 +11,8 @@ from jax.extend import core
 
 from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Signal, whole
-from fantastic4.lipschitz.trace import USER_RULES, Comparison, Walk, shape_and_dtype
+from fantastic4.lipschitz.operands import Comparison
+from fantastic4.lipschitz.trace import USER_RULES, Walk, shape_and_dtype
 
 
 def register_rule(primitive: Any, rule: Callable[..., Any]) -> None:

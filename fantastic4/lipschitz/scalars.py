@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -19,9 +20,10 @@ from fantastic4.lipschitz.graph import Label, Signal, UnboundedError, reachable,
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.nodes import Joint, Linear, Sum
 from fantastic4.lipschitz.numbers import largest
+from fantastic4.lipschitz.operands import at_once, is_constant, uniform, wide
 from fantastic4.lipschitz.pooling import Pool
 from fantastic4.lipschitz.sparse import Sparse
-from fantastic4.lipschitz.trace import Walk, at_once, is_constant, out_shape, rule, shape_and_dtype, uniform, wide
+from fantastic4.lipschitz.trace import Walk, out_shape, rule, shape_and_dtype
 from fantastic4.rounding import subnormal_norm
 from fantastic4.values import is_total
 
@@ -158,10 +160,14 @@ def _times(signal: Signal, by: Any, label: Label) -> Signal:
 
 
 def _scaled(signal: Signal, by: Array, label: Label) -> Signal:
-    largest = jnp.maximum(jnp.max(jnp.abs(by), initial=0), subnormal_norm(by))  # which compilers may take for 0
-    factor = jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, largest)
     name = dataclasses.replace(label, operation="scale")
-    return whole(Scaled(name, signal.shape, (signal,), factor, linear=True, by=by))
+    return whole(Scaled(name, signal.shape, (signal,), _largest(by), linear=True, by=by))
+
+
+@jax.jit
+def _largest(by: Array) -> Array:
+    largest = jnp.maximum(jnp.max(jnp.abs(by), initial=0), subnormal_norm(by))  # which compilers may take for 0
+    return jnp.where(jnp.any(jnp.isnan(by)), jnp.nan, largest)
 
 
 def _no_number(signal: Signal, label: Label) -> Signal:
@@ -286,10 +292,16 @@ def _div(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
         return walk.refuse(eqn, "divides by zero")
     b = wide(b)
     with at_once(b):
-        over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
-        vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)
-        by = jnp.where(vanished, jnp.copysign(tiny, b), over)
+        by = _over(b)
     return _times(a, by, label)
+
+
+@jax.jit
+def _over(b: Array) -> Array:
+    """1 / b, which is 0 for infinity alone."""
+    over, tiny = 1 / b, jnp.asarray(jnp.finfo(b.dtype).tiny, b.dtype)
+    vanished = (jnp.abs(over) < tiny) & jnp.isfinite(b)
+    return jnp.where(vanished, jnp.copysign(tiny, b), over)
 
 
 @rule("max", "min")

@@ -17,9 +17,10 @@ from jax.lax import GatherScatterMode
 from fantastic4.lipschitz.graph import Signal, unknown, whole
 from fantastic4.lipschitz.moves import moved
 from fantastic4.lipschitz.nodes import Joint, Sum, settled
+from fantastic4.lipschitz.operands import is_known
 from fantastic4.lipschitz.scalars import shifted
 from fantastic4.lipschitz.sparse import added_up
-from fantastic4.lipschitz.trace import Walk, is_known, out_shape, rule, shape_and_dtype
+from fantastic4.lipschitz.trace import Walk, out_shape, rule, shape_and_dtype
 from fantastic4.now import now
 
 _DIGITS = 4096  # a place is two numbers below 2²⁴, which float32 holds

@@ -10,7 +10,7 @@ import numpy as np
 from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.nodes import settled
-from fantastic4.lipschitz.trace import is_known
+from fantastic4.lipschitz.operands import is_known
 
 _WORK = 2e7  # entries times iterations
 _SMALLEST = 1e-30  # of the entries beside the largest: smaller ones count as this

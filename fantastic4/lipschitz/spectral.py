@@ -19,8 +19,9 @@ from fantastic4.linalg import widened
 from fantastic4.lipschitz.fixed import Fixed
 from fantastic4.lipschitz.graph import Signal, whole
 from fantastic4.lipschitz.nodes import Joint, Linear
+from fantastic4.lipschitz.operands import at_once, is_constant
 from fantastic4.lipschitz.scalars import JUMPS, aligned
-from fantastic4.lipschitz.trace import RULES, Walk, at_once, is_constant, of_complex, out_shape
+from fantastic4.lipschitz.trace import RULES, Walk, of_complex, out_shape
 
 
 def _size(constant: Any) -> Array:

@@ -19,14 +19,12 @@ import numpy as np
 from jax import Array
 from jax.extend import core
 
-from fantastic4.devices import vary_over, varying_axes
 from fantastic4.expression import X, size
-from fantastic4.linalg import widened
 from fantastic4.lipschitz.entered import Entered, where_all
 from fantastic4.lipschitz.fixed import Input
 from fantastic4.lipschitz.graph import Label, Node, Signal, UnboundedError
 from fantastic4.lipschitz.nodes import settled
-from fantastic4.now import now
+from fantastic4.lipschitz.operands import Comparison, Refused, at_once, evaluate, is_constant, is_known
 
 _PATHS = sysconfig.get_paths()
 # JAX and its kin by themselves too: in stacked environments, or with pip --user, they live elsewhere.
@@ -86,48 +84,6 @@ _WRITES = {"WriteEffect", "AccumEffect"}  # JAX has no public names for them
 _LARGEST = 100  # operations in one scalar function; what is nested deeper is bounded in parts
 
 USER_RULES: dict[str, Rule] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """A result for which there is no rule. It is an error only for what depends on it."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A truth value for every entry: whether one scalar function of it is below another, and what is made of those.
-
-    Attributes:
-      kind: ``"less"`` of two expressions of one signal's entries, ``"not"``, ``"and"`` or ``"or"`` of comparisons.
-      parts: these.
-      of: the signal, with the identity as its scalar function.
-    """
-
-    kind: str
-    parts: tuple[Any, ...]
-    of: Signal
-
-
-def is_constant(value: Any) -> bool:
-    """Whether it does not depend on the input."""
-    return not isinstance(value, Signal | Comparison | Refused)
-
-
-def is_known(value: Any) -> bool:
-    """Whether it is a constant whose numbers are known while tracing."""
-    return is_constant(value) and not isinstance(value, jax.core.Tracer)
-
-
-def uniform(value: Any) -> float | None:
-    """The number that all entries of a known constant are, NaN where they are none; None for all others."""
-    if not is_known(value) or jnp.iscomplexobj(value):
-        return None
-    entries = np.asarray(value).ravel()
-    if entries.size == 0 or not (np.all(entries == entries[0]) or np.all(entries != entries)):
-        return None
-    return float(entries[0])
 
 
 def shape_and_dtype(variable: Any) -> tuple[tuple[int, ...], Any]:
@@ -326,36 +282,6 @@ def _identity(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_identity, value))
     return id(value)
-
-
-def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Results of an equation of constants, as JAX computes them: now, where they are known, under ``jit`` too.
-
-    What a mutable array holds is known when it is read.
-    """
-    with contextlib.nullcontext() if eqn.effects else at_once(*operands):
-        return _bind(eqn, operands)
-
-
-def wide(x: Any) -> Array:
-    """Constants in the widest type there is: what is done with them is rounded."""
-    with at_once(x):
-        x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            x = widened(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
-
-
-def at_once(*operands: Any) -> contextlib.AbstractContextManager[None]:
-    """Where these are known, what is computed of them is known too, under ``jit`` as elsewhere."""
-    return now() if all(map(is_known, operands)) else contextlib.nullcontext()
-
-
-def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    if not all(map(is_known, operands)):  # those that do not vary over the devices must say so beside those that do
-        operands = [vary_over(x, varying_axes(atom.aval)) for x, atom in zip(operands, eqn.invars, strict=True)]
-    found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(found) if eqn.primitive.multiple_results else [found]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from fantastic4.lipschitz.graph import whole
 from fantastic4.lipschitz.losses import weighed
 from fantastic4.lipschitz.moves import moved, reshaped
 from fantastic4.lipschitz.numbers import largest
+from fantastic4.lipschitz.operands import Refused, evaluate
 from fantastic4.lipschitz.pooling import Pool, window_pairs
 from fantastic4.lipschitz.sparse import norm_above
-from fantastic4.lipschitz.trace import Refused, Walk, evaluate, out_shape, rule
+from fantastic4.lipschitz.trace import Walk, out_shape, rule
 from fantastic4.lipschitz.wrapped import wrapped
 
 
