@@ -22,6 +22,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 import fantastic4 as f4
@@ -170,6 +171,7 @@ RING = np.eye(6) + np.roll(np.eye(6), 1, 0) * [1, 2, 0, 0.5, 1, 1] + 3 * np.diag
 
 
 S = (2, 3)
+EXAMPLE = jax.ShapeDtypeStruct(S, jnp.float32)
 
 
 # (function, shape of the input, its exact Lipschitz constant)
@@ -395,6 +397,11 @@ EXACT = {
     "slopes of channels behind a layer": (
         lambda x: (lambda y: jnp.where(y > 0, y, DYADIC * y))(x @ (2 * np.eye(3, dtype=DTYPE)) + DYADIC), S, 4.0
     ),
+    "slopes of channels behind a shift": (lambda x: (lambda y: jnp.where(y > 0, y, DYADIC * y))(x - 0.5), S, 2.0),
+    "slopes of channels behind tanh": (
+        lambda x: (lambda y: jnp.where(y < 0, -0.5 * y, DYADIC * y))(jnp.tanh(3 * x)), S, 6.0
+    ),
+    "names and places": (lambda x: jax.device_put(checkpoint_name(2 * x, "twice")), S, 2.0),
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
     "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
     "norm": (lambda x: 2 * jnp.linalg.norm(x), S, 2.0),
@@ -416,6 +423,41 @@ def test_known_constants(name):
     found = bound(fn, shape)
     assert exact * (1 - 1e-12) <= found <= exact * (1 + 1e-3)
     assert_sound(found, seen_of(EXACT, name))
+
+
+@pytest.mark.parametrize("mode", ["full", "same", "valid"])
+def test_a_constant_convolved_with_a_signal(mode):
+    """What JAX does where the constant is larger."""
+    constant = np.ones((2, 5, 7), DTYPE) * np.arange(1, 8)
+    for taps, pads in ((3, (0, 0)), (3, (2, 1)), (2, (1, 4)), (6, (3, 5))):
+        fn = lambda x: lax.conv_general_dilated(
+            jnp.asarray(constant, x.dtype), x, (1,), [pads], dimension_numbers=("NCW", "OIW", "NWC")
+        )
+        assert_sound(bound(fn, (4, 5, taps)), steepest_seen(fn, (4, 5, taps), np.zeros((1, 20 * taps))))
+    fn = lambda x: jax.scipy.signal.convolve(jnp.asarray(W, x.dtype), x, mode=mode)
+    assert_sound(bound(fn, (2, 2)), steepest_seen(fn, (2, 2), np.zeros((1, 4))))
+
+
+def test_a_slope_that_is_not_known_while_tracing():
+    of = lambda slope: lipschitz.bound(
+        lambda x: nn.PReLU().apply({"params": {"negative_slope": slope}}, x @ W - 0.5), EXAMPLE
+    )
+    for slope in (0.25, -3.0):
+        np.testing.assert_allclose(jax.jit(of)(jnp.float32(slope)).value, of(np.float32(slope)).value, rtol=1e-5)
+
+
+LOOPS = {
+    "map": lambda x: lax.map(lambda i: 2 * x[0, i], jnp.arange(3)),
+    "scan": lambda x: lax.scan(lambda c, i: (c + x[0, i], x[1, i]), x[0, 0], jnp.array([2, 0, 1]))[1],
+    "scan by truth values": lambda x: lax.scan(lambda c, m: (jnp.where(m, 2 * c, c), None), x, jnp.arange(3) > 1)[0],
+    "stacked places": lambda x: x[:, lax.map(lambda i: 2 - i, jnp.arange(3))],
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_places_that_a_loop_reads_are_known_under_jit(name):
+    of = lambda w: lipschitz.bound(lambda x: w * LOOPS[name](x), EXAMPLE).value
+    np.testing.assert_allclose(jax.jit(of)(2.0), of(2.0), rtol=1e-5)
 
 
 PAIRED = {

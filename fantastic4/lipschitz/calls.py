@@ -15,7 +15,7 @@ from fantastic4.expression import X
 from fantastic4.lipschitz.graph import Label, Signal, whole
 from fantastic4.lipschitz.moves import concatenate, moved
 from fantastic4.lipschitz.nodes import Either
-from fantastic4.lipschitz.operands import Comparison, Refused, is_constant, is_known
+from fantastic4.lipschitz.operands import Comparison, Refused, at_once, is_constant, is_known, taken
 from fantastic4.lipschitz.sizes import Size, largest_of
 from fantastic4.lipschitz.trace import Walk, rule, shape_and_dtype
 
@@ -88,7 +88,8 @@ def _entry(walk: Walk, value: Any, i: int) -> Any:
         found = moved(value, value.places[i])
         walk.remember(found, lambda size: size.moved(lambda x: x[i]), [value])
         return found
-    return value[i]
+    with at_once(value):  # a place that is known is one under jit too
+        return taken(value, i)
 
 
 _COMPARED = Refused("a loop or a branch carries a comparison, and a choice by that may jump")
@@ -105,7 +106,8 @@ def _stack(walk: Walk, members: Sequence[Any], label: Label) -> Any:
     if refused is not None:
         return refused
     if all(map(is_constant, members)):
-        return jnp.stack(members)
+        with at_once(*members):
+            return jnp.stack(members)
     walk.entered.meet("stack", members)
     rows = [moved(m, m.places[None]) if isinstance(m, Signal) else jnp.asarray(m)[None] for m in members]
     found = concatenate(rows, 0, label)

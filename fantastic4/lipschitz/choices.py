@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
@@ -83,6 +84,36 @@ def _convert(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return walk.refuse(eqn, JUMPS)
 
 
+def _difference(by: Comparison) -> Expr | None:
+    """What is compared with zero, of one scalar function below another; None where that is not known."""
+    while by.kind == "not":
+        by = by.parts[0]
+    if by.kind != "less":
+        return None
+    left, right = by.parts
+    if const(0.0) in by.parts:
+        return right if left == const(0.0) else left
+    return Expr("sub", by.parts) if affine(left) is not None and affine(right) is not None else None
+
+
+def _ratio(expr: Expr, base: Expr) -> Fraction | None:
+    """By what number a scalar function is another one; None where it is not known to be a multiple of it."""
+    if expr == base:
+        return Fraction(1)
+    line, of = affine(expr), affine(base)
+    if line is not None and of is not None:
+        return line[0] / of[0] if of[0] and line[0] * of[1] == line[1] * of[0] else None
+    if expr.op == "neg":
+        below = _ratio(expr.args[0], base)
+        return None if below is None else -below
+    if expr.op == "mul":
+        for factor, rest in (expr.args, expr.args[::-1]):
+            below = _ratio(rest, base) if factor.op == "const" else None
+            if below is not None:
+                return Fraction(factor.number) * below
+    return None
+
+
 def _slope_through_zero(case: Any, of: Signal) -> Array | None:
     """The largest slope, where every entry of a case is a number, perhaps its own, times that entry of the signal."""
     if not isinstance(case, Signal):
@@ -90,12 +121,12 @@ def _slope_through_zero(case: Any, of: Signal) -> Array | None:
     by: Array | float = 1.0
     if isinstance(case.node, Scaled) and case.plain and case.shape == case.node.shape:
         by, (case,) = case.node.factor, case.node.inputs
-    straight = affine(case.expr)
-    if straight is None or straight[1] or not case.same_entries(of):
+    ratio = _ratio(case.expr, of.expr) if case.same_entries(of) else None
+    if ratio is None:
         return None
     by = wide(by)
     with at_once(by):
-        return product_up(by, jnp.asarray(constant_up(abs(float(straight[0])), by.dtype)))
+        return product_up(by, jnp.asarray(constant_up(abs(float(ratio)), by.dtype)))
 
 
 def _unfolded(case: Any) -> Any:
@@ -107,19 +138,19 @@ def _unfolded(case: Any) -> Any:
 
 
 def _two_lines(by: Comparison, cases: list[Any], label: Label) -> Signal | None:
-    """``where(x > 0, x, slopes * x)`` with a slope for each channel."""
-    while by.kind == "not":
-        by = by.parts[0]
-    sides = [affine(part) for part in by.parts] if by.kind == "less" else []
-    meet = len(sides) == 2 and all(side is not None and not side[1] for side in sides) and sides[0] != sides[1]
-    cases = [case if isinstance(case, Signal) and case.same_entries(by.of) else _unfolded(case) for case in cases]
-    slopes = [_slope_through_zero(case, by.of) for case in cases] if meet else [None]
+    """``where(x > 0, x, slopes * x)`` with a slope for each channel, or one that is not known."""
+    base = _difference(by)
+    if base is None:
+        return None
+    of = dataclasses.replace(by.of, expr=base)
+    cases = [case if isinstance(case, Signal) and case.same_entries(of) else _unfolded(case) for case in cases]
+    slopes = [_slope_through_zero(case, of) for case in cases]
     found = [slope for slope in slopes if slope is not None]
     if len(found) < len(slopes):
         return None
     # Not the larger of both sides: every entry is on a side of its own.
     with at_once(*found):
-        return whole(Fixed(label, by.of.shape, (by.of,), functools.reduce(jnp.maximum, found)))
+        return whole(Fixed(label, of.shape, (of,), functools.reduce(jnp.maximum, found)))
 
 
 NOT_OF_ONE = "chooses by the input between what is not a function of the same entries: it may jump"

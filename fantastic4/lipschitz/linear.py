@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.extend import core
 
 from fantastic4.conv import ConvSpec
@@ -82,12 +84,36 @@ def _is_tighter_copied(padding: str, taps: Sequence[int], strides: Sequence[int]
     return padding == "REFLECT" and any(s > 2 and k > 1 for k, s in zip(taps, strides, strict=True))
 
 
+def _can_be_exchanged(p: dict[str, Any]) -> bool:
+    steps = (*p["window_strides"], *p["lhs_dilation"], *p["rhs_dilation"], p["feature_group_count"])
+    return set(steps) == {1} and p["batch_group_count"] == 1
+
+
+def _exchanged(p: dict[str, Any], kernel: Array, signal: Array) -> Array:
+    """The same convolution with the kernel in the signal's place, the signal in the kernel's: it comes out mirrored."""
+    of, by, out = p["dimension_numbers"]
+    pads = []
+    for (low, high), a, b in zip(p["padding"], of[2:], by[2:], strict=True):
+        last = signal.shape[a] + low + high - kernel.shape[b]  # place of the output
+        pads.append((last - low, signal.shape[a] - kernel.shape[b] + low))
+    numbers = lax.ConvDimensionNumbers(by, of, (out[1], out[0], *out[2:]))
+    found = lax.conv_general_dilated(
+        kernel, signal, p["window_strides"], pads, dimension_numbers=numbers,
+        preferred_element_type=p["preferred_element_type"],
+    )  # fmt: skip
+    return lax.rev(found, out[2:])
+
+
 @rule("conv_general_dilated")
 def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, kernel = operands
     p = eqn.params
-    if not isinstance(signal, Signal) or not is_constant(kernel):
-        return walk.refuse(eqn, "convolves with a kernel that depends on the input: no Lipschitz constant")
+    if not is_constant(kernel):
+        if is_constant(signal) and _can_be_exchanged(p):
+            with walk.inside(eqn):
+                exchanged = jax.make_jaxpr(functools.partial(_exchanged, p))(*(v.aval for v in eqn.invars[::-1]))
+                return walk.closed(exchanged, [kernel, signal])
+        return walk.refuse(eqn, "convolves with a kernel that depends on the input: no rule")
     if p["batch_group_count"] != 1:
         return walk.refuse(eqn, "has batch_group_count: register a rule")
     numbers = p["dimension_numbers"]

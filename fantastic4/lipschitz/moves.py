@@ -192,6 +192,9 @@ def _reduce_precision(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> li
     return operands
 
 
-@rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "mesh_cast")
+@rule(
+    *("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "mesh_cast"),
+    *("name", "device_put"),
+)
 def _same(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
     return operands

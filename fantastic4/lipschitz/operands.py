@@ -98,8 +98,8 @@ def rearranged(x: Array, order: Sequence[int], shape: Sequence[int]) -> Array:
     return jnp.transpose(x, order).reshape(shape)
 
 
-def taken(x: Any, places: np.ndarray) -> Any:
-    """Entries of an array of one axis."""
+def taken(x: Any, places: np.ndarray | int) -> Any:
+    """``x[places]``, by the first axis."""
     if isinstance(x, np.ndarray) or not _is_on_host(x):
         return x[places]
     return jnp.asarray(np.asarray(x)[places])

@@ -164,7 +164,10 @@ def _div(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
     return times(a, Size(reciprocals(jnp.abs(wide(operands[1])))))
 
 
-@_rule("neg", "abs", "reduce_precision", "convert_element_type", "copy", "stop_gradient", "real", "imag")
+@_rule(
+    *("neg", "abs", "reduce_precision", "convert_element_type", "copy", "stop_gradient", "real", "imag"),
+    *("name", "optimization_barrier", "sharding_constraint"),
+)
 def _alike(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
     return sizes[0]
 
