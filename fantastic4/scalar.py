@@ -60,7 +60,7 @@ def _seen(expr: Expr, points: np.ndarray) -> float:
     return float(np.max(np.where(np.isfinite(sizes), sizes, 0.0)))
 
 
-def _check_continuous(expr: Expr, pace: float | None) -> None:
+def check_continuous(expr: Expr, pace: float | None = None) -> None:
     """Both sides of a selection meet where it changes over: exactly where they are lines, else as intervals tell.
 
     Those that are wide, where large numbers cancel, may hide a jump: no more than the input moves it by a 1e-12 of
@@ -181,7 +181,7 @@ def _far_slopes(expr: Expr) -> tuple[float, float]:
 
 def _largest(expr: Expr, order: int, what: str, pace: float | None, far: float | None = None) -> float:
     with np.errstate(all="ignore"):
-        _check_continuous(expr, pace)
+        check_continuous(expr, pace)
         if order == 2:
             _check_smooth(expr)
         try:

@@ -26,7 +26,7 @@ from fantastic4.lipschitz.nodes import Joint, Linear
 from fantastic4.lipschitz.numbers import ByName, slope
 from fantastic4.lipschitz.order import Step, first_order, second_order
 from fantastic4.lipschitz.register import register_rule
-from fantastic4.lipschitz.trace import Traced, trace
+from fantastic4.lipschitz.traced import Traced, trace
 from fantastic4.lipschitz.training import LipschitzState, init, step
 from fantastic4.promotion import usual_promotion
 from fantastic4.rounding import round_up

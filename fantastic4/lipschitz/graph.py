@@ -66,7 +66,7 @@ class Node:
     unmoved: tuple[Signal, ...] = dataclasses.field(default=(), kw_only=True)
     most: float = dataclasses.field(default=math.inf, kw_only=True)
     least: float = dataclasses.field(default=-math.inf, kw_only=True)
-    order: int = dataclasses.field(default_factory=lambda: next(_counter), init=False)
+    order: float = dataclasses.field(default_factory=lambda: next(_counter), init=False)
     mapped: dict[Expr, Node] = dataclasses.field(default_factory=dict, init=False)  # nodes of scalar functions of it
 
     def lipschitz(self, given: Sequence[Array], how: Any) -> Array:

@@ -18,7 +18,7 @@ from fantastic4.linalg import each
 from fantastic4.lipschitz.graph import reachable
 from fantastic4.lipschitz.numbers import HasNorm, Numbers
 from fantastic4.lipschitz.order import first_order
-from fantastic4.lipschitz.trace import Traced, trace
+from fantastic4.lipschitz.traced import Traced, trace
 from fantastic4.promotion import usual_promotion
 
 
