@@ -69,7 +69,8 @@ def _held(walk: Walk, signal: Signal, argument: Signal | None) -> Node | None:
             return None
         # Of numbers that are too large for floats it is not known.
         factor, bend = (jnp.where(jnp.isnan(x) & ~jnp.isnan(most), jnp.inf, x) for x in (there.slope, there.bend))
-    node = Fixed(signal.label, signal.node.shape, (whole(signal.node),), factor, bend=bend)
+        kink = is_known(bend) and not jnp.isfinite(bend)
+    node = Fixed(signal.label, signal.node.shape, (whole(signal.node),), factor, bend=None if kink else bend)
     node.order = signal.node.order + 0.5  # before all that reads it
     return node
 
