@@ -1,5 +1,6 @@
 """The command: checkpoints as they are really written, tables, what a broken-off run keeps, messages."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
+import fantastic4 as f4
 from fantastic4 import audit, checkpoints, network
 from fantastic4 import nnx as f4nnx
 from fantastic4.cli import main
@@ -168,6 +170,17 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
     np.savez(path, **{"Conv_0/kernel": CONV, "Dense_0/kernel": np.nextafter(MATRIX, 9)})  # other numbers
     run(path, "--out", out)
     assert calls[4:] == ["Dense_0/kernel"]
+
+
+def test_what_is_kept_answers_the_same_question_only(tmp_path):
+    (task, *_) = tasks_of(checkpoints.read(write_npz(tmp_path / "checkpoint")).tree)
+    others = [
+        {"kernel": task.kernel * 2}, {"kernel": task.kernel.astype(np.float16)}, {"kernel": task.kernel[::-1]},
+        {"spec": f4.ConvSpec(strides=2)}, {"input_shape": (9, 9)}, {"rtol": task.rtol / 2},
+    ]  # fmt: skip
+    prints = {dataclasses.replace(task, **other).fingerprint for other in ({}, *others)}
+    assert len(prints) == 1 + len(others)
+    assert dataclasses.replace(task, name="another").fingerprint == task.fingerprint
 
 
 def test_a_limit_decides_the_exit_status(tmp_path):

@@ -33,6 +33,13 @@ def test_step_converges_from_below():
     np.testing.assert_allclose(several, values[-1], rtol=1e-5)
 
 
+def test_a_zero_kernel_leaves_the_state_as_it_was():
+    state = dense.init(MATRIX, key=jax.random.key(0))
+    value, after = dense.step(0 * MATRIX, state)
+    assert value == 0
+    np.testing.assert_array_equal(after.vector, state.vector)
+
+
 def test_gradients():
     left, values, right = np.linalg.svd(MATRIX.astype(np.float64))
     expected = np.outer(left[:, 0], right[0])

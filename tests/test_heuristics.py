@@ -189,6 +189,12 @@ def test_tnn_scales_with_the_kernel():
     assert tnn(jnp.zeros((3, 3, 3, 4))) == 0
 
 
+def test_tnn_of_padding_by_copies_counts_them():
+    kernel = cases.draw(np.random.default_rng(0), (3, 3, 3, 4), "normal")
+    plain, mirrored = (f4.estimate_tnn(kernel, f4.ConvSpec(padding=p), key=KEY) for p in ("SAME", "REFLECT"))
+    assert float(mirrored) == pytest.approx(2 * float(plain), rel=1e-5)  # √2 an axis
+
+
 def test_what_is_normalised_or_projected_keeps_its_dtype():
     """So it may be carried through a loop."""
     kernel = jnp.ones((3, 3, 2, 2), jnp.bfloat16)

@@ -110,6 +110,19 @@ def test_covers_in_one_dimension():
     assert tried == 168
 
 
+@pytest.mark.parametrize(("taps", "pads", "stride"), [(5, (4, 0), 1), (5, (0, 4), 1), (4, (3, 1), 2), (5, (4, 1), 3)])
+def test_what_hangs_over_one_end_of_a_transposed_convolution(taps, pads, stride):
+    """It must not wrap into the window that is kept."""
+    spec = {"padding": (pads,), "strides": stride, "transposed": True}
+    for n, kind in itertools.product((1, 2, 3, 5), ("ones", "alternating", "normal")):
+        kernel = cases.draw(np.random.default_rng(n), (taps, 1, 1), kind)
+        truth = oracle.norm(oracle.dense(kernel, (n,), **spec))
+        for cover in border.covers(kernel.shape, f4.ConvSpec(**spec), (n,)):
+            fields = ("strides", "padding", "transposed", "transpose_kernel")
+            dense = oracle.dense(kernel, cover.input_shape, **{f: getattr(cover.spec, f) for f in fields})
+            assert cover.factor * oracle.norm(dense) >= truth * (1 - 3e-7), (n, kind, cover)
+
+
 def test_zero_padding_uses_the_input_size():
     """SAME at 8×8 is bounded by the circle of 9, below the norm on large inputs."""
     kernel = cases.draw(np.random.default_rng(3), (3, 3, 16, 16), "normal")

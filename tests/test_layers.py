@@ -145,3 +145,12 @@ def test_small_weights_are_not_underestimated(scale):
     truth = oracle.norm(oracle.dense(small, (5, 5)))
     for method in ("four", "weighted", "grid"):
         assert float(f4.bound(small, method=method)) >= truth
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4, 5])
+def test_an_even_number_of_taps_reads_the_edge_as_often_as_one_more(taps):
+    """Sums of neighbours: at the edge, copies of one entry are read together."""
+    kernel = np.ones((taps, 1, 1), np.float32)
+    found = float(f4.four_bounds(kernel, f4.ConvSpec(padding="EDGE")).min())
+    for n in range(1, 2 * taps):
+        assert found >= oracle.norm(oracle.dense(kernel, (n,), padding="EDGE")) * (1 - 3e-7), n

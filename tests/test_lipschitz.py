@@ -401,6 +401,9 @@ EXACT = {
     "slopes of channels behind tanh": (
         lambda x: (lambda y: jnp.where(y < 0, -0.5 * y, DYADIC * y))(jnp.tanh(3 * x)), S, 6.0
     ),
+    "matrices on both sides": (
+        lambda x: jnp.diag(jnp.array([0.0, 1, 0])) @ (x @ jnp.diag(jnp.array([1.0, 0, 0]))), (3, 3), 1.0
+    ),
     "names and places": (lambda x: jax.device_put(checkpoint_name(2 * x, "twice")), S, 2.0),
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),
     "gradient of softplus": (lambda x: jax.grad(lambda y: nn.softplus(4 * y).sum())(x), S, 4.0),
@@ -1419,6 +1422,13 @@ def test_errors_name_operation_and_remedy(name):
     with pytest.raises(lipschitz.UnboundedError, match=re.escape(remedy)) as caught:
         bound(fn, S)
     assert operation in str(caught.value)
+
+
+@pytest.mark.parametrize("shift", [-1.0, -1e-6])
+def test_a_root_that_begins_away_from_zero_is_steep_there(shift):
+    for of in (lambda x: jnp.sqrt(jnp.sum(x * x) + shift), lambda x: x / jnp.sqrt(jnp.sum(x * x) + shift)):
+        with pytest.raises(lipschitz.UnboundedError):
+            bound(of, S)
 
 
 NO_NUMBERS = {

@@ -284,6 +284,18 @@ REDUCED = {
 }
 
 
+@pytest.mark.parametrize("step", [network.step, network.step_with_gradients])
+def test_every_step_goes_on_from_the_one_before(params, step):
+    state = network.init(params, key=KEY, warmup=0)
+    _, state, *_ = step(params, state)
+    first = state.values
+    for _ in range(60):
+        _, state, *_ = step(params, state)
+    truth = network.step(params, network.init(params, key=KEY, warmup=200))[1].values
+    assert np.min(first / truth) < 0.99
+    np.testing.assert_allclose(state.values, truth, rtol=1e-2)
+
+
 @pytest.mark.parametrize("reduce", network.REDUCTIONS)
 def test_penalties(params, reduce):
     state = network.init(params, key=KEY, warmup=100)

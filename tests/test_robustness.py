@@ -55,6 +55,19 @@ def test_the_runner_up_is_not_always_the_nearest_class():
     assert 0.149 < radius <= 3 / np.hypot(1, 20)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_margin_that_bends_one_way_only(sign):
+    """Convex margins are certified further than concave ones, whose sign would lie if taken for theirs."""
+    bent = lambda x: 3 * jax.nn.softplus(4 * x).sum(axis=1)
+    net = lambda x: jnp.stack([sign * bent(x), sign * 9.0 + 0 * x[:, 0]], axis=1)
+    x = jnp.linspace(-2, 2, 30).reshape(-1, 1)
+    radii = robustness.curvature_radii(net, x, lipschitz.margin_curvatures(net, x[:1]))
+    place = np.log(np.exp(3) - 1) / 4  # where both logits are 9
+    exact = np.abs(np.asarray(x, np.float64)[:, 0] - place)
+    assert np.all(radii <= exact)
+    assert np.all(radii >= 0.3 * exact)
+
+
 def nearest_break(net, x, y, rng, count=40_000):
     """The nearest of many random points with another class."""
     steps = rng.normal(size=(count, x.shape[-1]))

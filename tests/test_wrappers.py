@@ -78,6 +78,17 @@ def test_a_wrapped_and_an_unwrapped_layer_agree_bit_for_bit_below_the_maximum():
     np.testing.assert_allclose(module(X, update_stats=False), free, rtol=1e-6, atol=1e-6)
 
 
+def test_iterations_are_those_of_a_call():
+    """From random vectors many come near the bound, one does not."""
+    for iterations, near in ((1, False), (60, True)):
+        _, _, wrapped, variables, module = pair("conv", warmup=0, iterations=iterations)
+        truth = bound_of("conv", variables["params"]["layer_instance"]["kernel"])
+        _, updated = wrapped.apply(variables, X, mutable=["spectral_stats"])
+        module(X)
+        for value in (updated["spectral_stats"]["bound"], module.bound[...]):
+            assert (float(value) > 0.99 * truth) == near
+
+
 def test_without_update_nothing_changes():
     _, _, wrapped, variables, module = pair("conv", mode="hard", warmup=0)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module)))
