@@ -110,6 +110,16 @@ def test_covers_in_one_dimension():
     assert tried == 168
 
 
+@pytest.mark.parametrize("strides", [2, 3])
+def test_the_lower_end_of_a_strided_circle_is_reached_by_some_size(strides):
+    """Taps whose strided circles are smaller than the circle without the stride says."""
+    kernel = np.float32([1, -0.5, 1, 0.7]).reshape(4, 1, 1)
+    sizes = [oracle.norm(oracle.line(kernel, n, padding="CIRCULAR", strides=strides)) for n in range(6, 62)]
+    found = f4.norm_interval(kernel, f4.ConvSpec(strides=strides, padding="CIRCULAR"))
+    assert found.lower <= max(sizes) * (1 + 3e-7)
+    assert found.upper >= max(sizes) * (1 - 3e-7)
+
+
 @pytest.mark.parametrize(("taps", "pads", "stride"), [(5, (4, 0), 1), (5, (0, 4), 1), (4, (3, 1), 2), (5, (4, 1), 3)])
 def test_what_hangs_over_one_end_of_a_transposed_convolution(taps, pads, stride):
     """It must not wrap into the window that is kept."""

@@ -284,6 +284,17 @@ REDUCED = {
 }
 
 
+@pytest.mark.parametrize("globs_first", [True, False])
+def test_a_path_goes_before_a_glob(params, globs_first):
+    specs = {"*": f4.ConvSpec(strides=2), "conv1/kernel": f4.ConvSpec(padding="REFLECT")}
+    specs = specs if globs_first else dict(reversed(specs.items()))
+    found = {
+        layer.path: layer.spec for layer in network.find(params, specs=specs, select=lambda path, _: "conv" in path)
+    }
+    assert found["conv1/kernel"] == f4.ConvSpec(padding="REFLECT")
+    assert found["conv0/kernel"] == found["conv2/kernel"] == f4.ConvSpec(strides=2)
+
+
 @pytest.mark.parametrize("step", [network.step, network.step_with_gradients])
 def test_every_step_goes_on_from_the_one_before(params, step):
     state = network.init(params, key=KEY, warmup=0)

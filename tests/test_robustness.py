@@ -325,3 +325,14 @@ def test_what_floats_may_add_to_a_dual_is_taken_off(slack):
         assert np.mean(found[useful] > 0) > 0.8  # and it is of use where the terms do not all cancel
     else:
         assert np.mean(found > truth) > 0.9
+
+
+def test_an_attack_ends_no_worse_than_it_began():
+    net = lambda x: jnp.stack([jnp.sin(3 * x[:, 0]) + 0.5 * x[:, 1], jnp.cos(2 * x[:, 1])], axis=1)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((20, 2)), jnp.float32)
+    y = jnp.argmax(net(x), axis=1)
+    margin = lambda z: np.asarray(net(z)[jnp.arange(20), y] - net(z)[jnp.arange(20), 1 - y])
+    more = margin(robustness.attack(net, x, y, 0.3, key=jax.random.key(0), steps=40, restarts=3))
+    assert np.all(more <= margin(x))
+    one = margin(robustness.attack(net, x, y, 0.3, key=jax.random.key(0), steps=1, restarts=1))
+    assert more.mean() < one.mean()
