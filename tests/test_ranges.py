@@ -1,6 +1,7 @@
 """Scalar functions of what is known to lie in a range only when the program runs: never below what is seen there."""
 
 import itertools
+import math
 import os
 
 import jax
@@ -49,6 +50,7 @@ FUNCTIONS = {
     "cube of a layer of unit vectors": lambda x: (unit(x) @ W + 0.5) ** 3,
     "squared relu": lambda x: nn.relu(layer(x) - 0.5) ** 2 @ V,
     "squared leaky relu": lambda x: nn.leaky_relu(layer(x), 0.2) ** 2,
+    "squared relu that is steeper below": lambda x: nn.leaky_relu(layer(x), 3.0) ** 2,
     "exponential": lambda x: jnp.exp(layer(x)) - jnp.expm1(-layer(x)),
     "times its own silu": lambda x: layer(x) * nn.silu(layer(x)),
     "times its own tanh of a square": lambda x: (lambda h: h * h * jnp.tanh(h))(layer(x)),
@@ -117,6 +119,9 @@ def test_under_jit_it_is_infinite_where_it_has_none():
     assert np.isnan(of(np.nan))
     beyond = lambda c: lipschitz.bound(lambda x: jnp.exp(c * (jnp.tanh(x) @ W)), EXAMPLE).value
     assert jax.jit(beyond)(1e4) == np.inf
+    zero_times = lambda h: h * (nn.relu(h) * jnp.exp(h))  # 0 times infinity, of values
+    beyond = lambda c: lipschitz.bound(lambda x: zero_times(jnp.tanh(x) @ (c * W)), EXAMPLE).value
+    assert jax.jit(beyond)(1e4) == np.inf
 
 
 def test_a_curvature():
@@ -134,7 +139,7 @@ def test_a_curvature():
 UNARY = {
     "neg": np.negative, "abs": np.abs, "exp": np.exp, "expm1": np.expm1, "log": np.log, "log1p": np.log1p,
     "sqrt": np.sqrt, "tanh": np.tanh, "logistic": lambda v: 1 / (1 + np.exp(-v)), "atan": np.arctan,
-    "asinh": np.arcsinh, "sin": np.sin, "cos": np.cos,
+    "asinh": np.arcsinh, "sin": np.sin, "cos": np.cos, "erf": np.vectorize(math.erf),
 }  # fmt: skip
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum}
 
@@ -151,7 +156,7 @@ def evaluate(expr, x):
 def random_function(rng, depth):
     if depth == 0:
         return Expr("add", (Expr("mul", (const(rng.normal()), X)), const(2 * rng.normal())))
-    kind = rng.choice(["power", *UNARY, *BINARY, *BINARY])
+    kind = rng.choice([*["power"] * 5, *UNARY, *BINARY, *BINARY])
     if kind == "power":
         return Expr("power", (random_function(rng, depth - 1),), float(rng.integers(1, 5)))
     return Expr(str(kind), tuple(random_function(rng, depth - 1) for _ in range(2 if kind in BINARY else 1)))
