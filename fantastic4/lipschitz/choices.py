@@ -63,9 +63,23 @@ def _logic(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     return walk.refuse(eqn, "joins comparisons of different signals, and a choice by that may jump")
 
 
+def _apart(by: Comparison) -> Comparison | None:
+    """``abs(a) < b`` as ``a < b and -a < b``, and so on: comparisons of lines, where it was one of their sizes."""
+    for place, side in enumerate(by.parts):
+        if side.op in ("abs", "max", "min"):
+            sides = (*side.args, Expr("neg", side.args)) if side.op == "abs" else side.args
+            one, two = (
+                dataclasses.replace(by, parts=(s, by.parts[1]) if not place else (by.parts[0], s)) for s in sides
+            )
+            # The larger of two is below where both are, and above where one is.
+            return Comparison("and" if (side.op == "min") == bool(place) else "or", (one, two), by.of)
+    return None
+
+
 def _select(by: Comparison, yes: Expr, no: Expr) -> Expr:
     if by.kind == "less":
-        return Expr("select", (*by.parts, yes, no))
+        apart = _apart(by)
+        return Expr("select", (*by.parts, yes, no)) if apart is None else _select(apart, yes, no)
     if by.kind == "not":
         return _select(by.parts[0], no, yes)
     if by.kind == "and":
