@@ -699,6 +699,7 @@ ODD = {
         S,
     ),
     "softmax of the same input twice": (lambda x: nn.softmax(jnp.concatenate([x, x], 1)), S),
+    "exponents that are no halves": (lambda x: (2 + jnp.tanh(x)) ** -1.7 + (1.5 + jnp.sin(x)) ** 0.3, S),
     "log_softmax twice": (lambda x: nn.log_softmax(nn.log_softmax(x) @ W), S),
 }
 
@@ -1403,7 +1404,7 @@ JUMPS = {
     "kernel of the input": (lambda x: conv(x[None], jnp.ones((1, 3, 1)) * x[0, 0]), "'conv_general_dilated'", "kernel"),
     "square of complex numbers": (lambda x: (jnp.fft.fft(x) ** 2).real, "'integer_pow'", "of complex numbers"),
     "no rule": (lambda x: lax.lgamma(x), "'lgamma'", "register_rule"),
-    "power of the input": (lambda x: jnp.power(2.0, x), "'pow'", "whole and half exponents"),
+    "power of the input": (lambda x: jnp.power(2.0, x), "'pow'", "exponents that are constants"),
     "places of the largest": (lambda x: lax.top_k(x, 2)[1] * x[0, 0], "'top_k'", "take their values alone"),
     "a mask": (lambda x: (x > 0).astype(x.dtype), "'convert_element_type'", "jumps at 0"),
     "a mask elsewhere": (lambda x: x * (x > 0.5), "'mul'", "jumps at 0.5"),

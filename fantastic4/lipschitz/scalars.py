@@ -74,12 +74,15 @@ def _to_the(signal: Signal, y: int, label: Label) -> Any:
 def _pow(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     base, exponent = aligned(operands, out_shape(eqn))
     number = None if isinstance(exponent, Signal) else uniform(exponent)
-    if number is None or not (2 * number).is_integer() or not isinstance(base, Signal):
-        return walk.refuse(eqn, "is known for whole and half exponents that are constants: write exp(y log(x))")
+    if number is None or not math.isfinite(number) or not isinstance(base, Signal):
+        return walk.refuse(eqn, "is known for exponents that are constants: write exp(y log(x))")
     label = walk.label(eqn)
     if number.is_integer():
         return _to_the(base, int(number), label)
-    return _to_the(_root(base, label), int(2 * number), label)
+    if (2 * number).is_integer():
+        return _to_the(_root(base, label), int(2 * number), label)
+    logarithm = Expr("log", (base.expr,))  # where the base is not positive, neither is a number with a slope
+    return scalar(base, Expr("exp", (Expr("mul", (const(number), logarithm)),)), label)
 
 
 JUMPS = "makes whole numbers or truth values of a signal, which jump"
