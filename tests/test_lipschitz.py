@@ -48,6 +48,7 @@ MASK = np.array([[True, False, True], [False, True, True]])
 STEEP = np.array([3, 0], DTYPE)
 DYADIC = np.array([0.5, -2.0, 1.0], DTYPE)
 APART = np.array([[3, 1], [1, 2], [-2, 3]], DTYPE)
+PERMUTED = np.arange(12, dtype=DTYPE).reshape(2, 3, 2) ** 2
 NEGATIVE = np.array([-1, -0.5, -1], DTYPE)
 MANY = np.array([[0, 5, 60], [3, 1, 2]], np.int32)
 
@@ -403,6 +404,9 @@ EXACT = {
     ),
     "matrices on both sides": (
         lambda x: jnp.diag(jnp.array([0.0, 1, 0])) @ (x @ jnp.diag(jnp.array([1.0, 0, 0]))), (3, 3), 1.0
+    ),
+    "a constant in another order of its axes": (
+        lambda x: x @ lax.reshape(PERMUTED, (3, 4), dimensions=(2, 1, 0)), S, norm(PERMUTED.T.reshape(3, 4))
     ),
     "names and places": (lambda x: jax.device_put(checkpoint_name(2 * x, "twice")), S, 2.0),
     "slopes of repeated entries": (lambda x: jnp.where((y := jnp.tile(x, (2, 1))) > 0, y, DYADIC * y), S, 2 * 2**0.5),

@@ -1,5 +1,6 @@
 """Scalar functions of what is known to lie in a range only when the program runs: never below what is seen there."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -122,6 +123,19 @@ def test_under_jit_it_is_infinite_where_it_has_none():
     zero_times = lambda h: h * (jnp.exp(-h) * jnp.exp(h))  # 0 times infinity, of values
     beyond = lambda c: lipschitz.bound(lambda x: zero_times(jnp.tanh(x) @ (c * W)), EXAMPLE).value
     assert jax.jit(beyond)(1e4) == np.inf
+
+
+@pytest.mark.parametrize("fn", [
+    lambda h: jnp.log(1e38 * (2 + h)),
+    lambda h: 1e38 / (1e38 * (2 + h)),
+    lambda h: 1e-19 * jnp.sqrt(1e38 * (2 + h)),
+])  # fmt: skip
+def test_what_vanishes_on_the_way_is_not_zero(fn):
+    of = lambda x: fn(jnp.tanh(x) @ np.ones((1, 1), np.float32))
+    found = lipschitz.bound(of, jnp.zeros(1)).value
+    assert found >= jnp.abs(of(jnp.array([0.1])) - of(jnp.array([-0.1])))[0] / 0.2
+    with contextlib.suppress(lipschitz.UnboundedError):
+        assert lipschitz.curvature(of, jnp.zeros(1)).value > 0.1
 
 
 def test_a_curvature():

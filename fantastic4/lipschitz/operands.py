@@ -75,7 +75,7 @@ def evaluate(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 # What only moves numbers that are in the host's memory needs no program, of which there would be one for every shape.
 _BY_NUMPY: dict[str, Callable[[np.ndarray, dict[str, Any]], np.ndarray]] = {
-    "reshape": lambda x, p: x.reshape(p["new_sizes"]),
+    "reshape": lambda x, p: x.transpose(p["dimensions"]).reshape(p["new_sizes"]),
     "squeeze": lambda x, p: np.squeeze(x, p["dimensions"]),
     "transpose": lambda x, p: x.transpose(p["permutation"]),
     "broadcast_in_dim": lambda x, p: np.broadcast_to(

@@ -166,7 +166,7 @@ def _div(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> A
 
 @_rule(
     *("neg", "abs", "reduce_precision", "convert_element_type", "copy", "stop_gradient", "real", "imag"),
-    *("name", "optimization_barrier", "sharding_constraint"),
+    *("name", "sharding_constraint"),
 )
 def _alike(eqn: core.JaxprEqn, operands: list[Any], sizes: list[Size | None]) -> Any:
     return sizes[0]

@@ -166,7 +166,9 @@ def _least(a: Range) -> Array:
 def _over(least: Array) -> Array:
     """1 / least, infinite for 0, which has no derivative there."""
     there = least > 0
-    return jnp.where(there, round_up(1 / jnp.where(there, least, 1), 4), jnp.inf)
+    over = round_up(1 / jnp.where(there, least, 1), 4)
+    over = jnp.maximum(over, float(jnp.finfo(over.dtype).tiny))  # what vanishes is not 0
+    return jnp.where(there, over, jnp.inf)
 
 
 def _reciprocal(a: Range) -> Range:
@@ -220,7 +222,7 @@ def _root(a: Range) -> Range:
     over, high = _over(least), round_up(jnp.sqrt(jnp.maximum(a.high, 0)), 4)
     half = 0.5 * round_up(jnp.sqrt(jnp.where(least > 0, over, 1)), 4)  # 1 / (2 √x), whose derivative is -1 / (4 x √x)
     half = jnp.where(least > 0, half, jnp.inf)
-    return Range(jnp.zeros_like(high), high, half, 0.5 * _times(half, over))
+    return Range(jnp.zeros_like(high), high, half, _times(half, over))
 
 
 def _rising(function: Callable[[Array], Array], slope: float, bend: float) -> Callable[[Range], Range]:
