@@ -109,7 +109,7 @@ def _conv(walk: Walk, eqn: core.JaxprEqn, operands: list[Any]) -> Any:
     signal, kernel = operands
     p = eqn.params
     if not is_constant(kernel):
-        if is_constant(signal) and _can_be_exchanged(p):
+        if is_constant(signal) and _can_be_exchanged(p) and 0 not in out_shape(eqn):
             with walk.inside(eqn):
                 exchanged = jax.make_jaxpr(functools.partial(_exchanged, p))(*(v.aval for v in eqn.invars[::-1]))
                 return walk.closed(exchanged, [kernel, signal])
