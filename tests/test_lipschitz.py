@@ -1730,7 +1730,7 @@ def random_layer(rng, depth):
     matrix = (rng.standard_normal((4, 4)) * (rng.random((4, 4)) < rng.choice([0.3, 1]))).astype(DTYPE)
     vector = (rng.standard_normal(4) * (rng.random(4) < 0.8)).astype(DTYPE)
     taps = rng.standard_normal((3, 4, 4)).astype(DTYPE) if rng.random() < 0.7 else np.ones((3, 4, 4), DTYPE)
-    mask, places, axis = rng.random((4, 4)) < 0.5, rng.integers(0, 4, 4), int(rng.integers(2))
+    mask, places, axis = rng.random((4, 4)) < 0.5, rng.integers(0, 4, 4).astype(np.int32), int(rng.integers(2))
     number = float(np.float32(rng.choice([-3, 0.5, 1, 2])))
     mode = str(rng.choice(["wrap", "reflect", "edge", "constant"]))
     fill = float(rng.integers(-2, 3))

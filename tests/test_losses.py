@@ -12,7 +12,7 @@ from jax import nn
 
 from fantastic4 import lipschitz
 from fantastic4.lipschitz.losses import Picked
-from fantastic4.lipschitz.trace import trace
+from fantastic4.lipschitz.traced import trace
 
 SEED = int(os.environ.get("FUZZ_SEED", 20211))
 RNG = np.random.default_rng(7)
