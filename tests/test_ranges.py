@@ -118,6 +118,7 @@ def test_under_jit_it_is_infinite_where_it_has_none():
     assert of(10.0) == np.inf
     assert of(1.0) == pytest.approx(bound(lambda x: 1 / (20.0 + jnp.tanh(x) @ W)), rel=1e-4)
     assert np.isnan(of(np.nan))
+    assert np.isnan(bound(lambda x: (jnp.tanh(x) @ (np.nan * W)) ** 2))  # and outside of jit
     beyond = lambda c: lipschitz.bound(lambda x: jnp.exp(c * (jnp.tanh(x) @ W)), EXAMPLE).value
     assert jax.jit(beyond)(1e4) == np.inf
     zero_times = lambda h: h * (jnp.exp(-h) * jnp.exp(h))  # 0 times infinity, of values

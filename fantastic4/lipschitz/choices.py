@@ -18,6 +18,7 @@ from fantastic4.lipschitz.fixed import Fixed, Scaled
 from fantastic4.lipschitz.graph import Label, Signal, unknown, whole
 from fantastic4.lipschitz.moves import constants, moved
 from fantastic4.lipschitz.nodes import Joint, Linear, settled
+from fantastic4.lipschitz.numbers import above
 from fantastic4.lipschitz.operands import Comparison, at_once, is_constant, is_known, uniform, wide
 from fantastic4.lipschitz.scalars import JUMPS, NOT_A_NUMBER, aligned, always_a_number, scalar
 from fantastic4.lipschitz.trace import Walk, out_shape, rule
@@ -140,7 +141,7 @@ def _slope_through_zero(case: Any, of: Signal) -> Array | None:
         return None
     by = wide(by)
     with at_once(by):
-        return product_up(by, jnp.asarray(constant_up(abs(float(ratio)), by.dtype)))
+        return product_up(by, jnp.asarray(constant_up(above(ratio), by.dtype)))
 
 
 def _unfolded(case: Any) -> Any:

@@ -65,11 +65,13 @@ def _held(walk: Walk, signal: Signal, argument: Signal | None) -> Node | None:
     with at_once(found.entries):
         most = found.most
         there = range_of(signal.expr, most)
-        if there is None or (is_known(there.slope) and not jnp.isfinite(there.slope)):
+        if there is None:
             return None
         # Of numbers that are too large for floats it is not known.
         factor, bend = (jnp.where(jnp.isnan(x) & ~jnp.isnan(most), jnp.inf, x) for x in (there.slope, there.bend))
-        kink = is_known(bend) and not jnp.isfinite(bend)
+        if is_known(factor) and jnp.isinf(factor):
+            return None
+        kink = is_known(bend) and jnp.isinf(bend)
     node = Fixed(signal.label, signal.node.shape, (whole(signal.node),), factor, bend=None if kink else bend)
     node.order = signal.node.order + 0.5  # before all that reads it
     return node
